@@ -1,7 +1,7 @@
 //! ACPI tables: what the machine is made of, for guests that ask. Here also stand the addresses, ports and
 //! values the tables promise; the devices use these constants, so table and chip cannot disagree.
 //!
-//! Tables lie in the BIOS area (0xE0000 to 0xFFFFF), where a guest that was handed no pointer looks for the RSDP.
+//! Tables lie in the BIOS area (0xE0000 to 0xEFFFF), where a guest that was handed no pointer looks for the RSDP.
 //! Interrupt inputs are those of one I/O APIC: ISA IRQs on 0 to 15 with the timer on 2, PCI on 16 to 23.
 //!
 //! Must not know: devices' code, image formats.
@@ -60,7 +60,7 @@ pub const HPET_BLOCK_ID: u32 = 0x8086_a201;
 
 /// Tables lie between these.
 const AREA_START: u64 = 0xe_0000;
-const AREA_END: u64 = 0x10_0000;
+const AREA_END: u64 = 0xf_0000;
 const OEM_ID: [u8; 6] = *b"TURTLE";
 const OEM_TABLE_ID: [u8; 8] = *b"TURTLES ";
 const OEM_REVISION: u32 = 1;

@@ -207,20 +207,9 @@ impl<'m> Layout<'m> {
             .map_err(|source| BootError::GuestMemory { what: what.to_string(), source })
     }
 
-    /// What a BIOS leaves in its data area: COM1, the size of conventional memory, where the extended data area
-    /// (which begins with its size) is. Nobody claims it, so an image may be loaded over it.
-    pub fn write_bios_data(&self) -> Result<(), BootError> {
-        const COM1: u16 = 0x3f8;
-        let what = "the BIOS data area";
-        self.write(0x400, &COM1.to_le_bytes(), what)?;
-        self.write(0x40e, &((CONVENTIONAL_END >> 4) as u16).to_le_bytes(), what)?;
-        self.write(0x413, &((CONVENTIONAL_END >> 10) as u16).to_le_bytes(), what)?;
-        self.write(CONVENTIONAL_END, &[1], what)
-    }
-
     /// Writes zeroes; the caller claimed them. In a memory file this costs nothing however much it is.
     pub fn zero(&self, at: u64, len: u64, what: &str) -> Result<(), BootError> {
-        const ZEROES: [u8; BULK] = [0; BULK];
+        static ZEROES: [u8; BULK] = [0; BULK];
         if let Some((file, offset)) = self.file_at(at, len).filter(|_| len != 0) {
             if fallocate(file, FallocateMode::PunchHole, true, offset, len).is_ok() {
                 return Ok(());

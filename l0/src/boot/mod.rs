@@ -1,5 +1,6 @@
 //! Puts a guest into memory and says how to start it. There is no firmware: what a BIOS and a boot loader would
-//! have done before the kernel's first instruction is done here, and nothing of it runs in the guest.
+//! have done before the kernel's first instruction is done here; what runs of it in the guest is a BIOS that refuses
+//! every call.
 //!
 //! [`load`] looks at the image's contents, not at its name, and takes in this order: a Linux bzImage; ELF with a
 //! PVH note, with a Multiboot2 header, with a Multiboot1 header, without any; a file of any format with a Multiboot
@@ -18,6 +19,7 @@ use std::path::{Path, PathBuf};
 use vm_memory::GuestMemoryMmap;
 
 pub mod acpi;
+mod bios;
 mod dsdt;
 mod elf;
 mod error;
@@ -172,7 +174,7 @@ fn load_guest(
         memory_map: memory_map(ranges),
         rsdp: acpi::write_tables(&layout, spec.cpus, acpi::pci_mmio64(ranges))?,
     };
-    layout.write_bios_data()?;
+    bios::write(&layout)?;
     let mut state = load_image(&mut layout, &mut guest, spec.flat.as_ref())?;
     state.rsdp = guest.rsdp;
     log::debug!("{} entered as {:?} at {:#x}", image.name, state.protocol, state.rip);
