@@ -3,6 +3,8 @@
 //!
 //! Must not know: engines, vCPUs (beyond [`crate::vcpu_signal::VcpuSignal`]), nesting.
 
+pub mod pci;
+
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, RwLock};
 
