@@ -4,6 +4,7 @@
 //! Must not know: engines, vCPUs (beyond [`crate::vcpu_signal::VcpuSignal`]), nesting.
 
 pub mod pci;
+pub mod virtio;
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, RwLock};

@@ -218,9 +218,8 @@ impl Bridge {
             }
         }
         for (number, index, (kind, base, size)) in missing {
-            if let Some(slot) = slots.by_number.get_mut(&number)
-                && bus(kind).insert(base, size, Arc::clone(&slot.windows[index]))
-            {
+            let Some(slot) = slots.by_number.get_mut(&number) else { continue };
+            if bus(kind).insert(base, size, Arc::clone(&slot.windows[index])) {
                 slot.mapped[index] = Some((kind, base));
             }
         }
