@@ -21,8 +21,8 @@ const F_DEFLATE_ON_OOM: u32 = 2;
 const F_REPORTING: u32 = 5;
 /// Unit of the balloon.
 const PAGE: u64 = 4096;
-/// Page numbers that one request may list.
-const PFN_LIMIT: u64 = 1 << 18;
+/// Page numbers that one request may list (drivers list 256 or 1024): a reset waits for one request.
+const PFN_LIMIT: u64 = 4096;
 /// Bytes of page numbers read at once.
 const CHUNK: usize = 4096;
 

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering, fence};
 
 use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
-use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
 use super::dma::{Dma, Segment, Segments};
 use super::interrupts::Interrupts;
@@ -17,8 +17,10 @@ pub const MAX_SEGMENTS: usize = 1024;
 /// Bytes of an element of the used ring, and of the ring's header.
 const USED_ELEMENT: u64 = 8;
 const USED_HEADER: u64 = 4;
-/// Bytes of the available ring's header.
+/// Bytes of the available ring's header, of the event index behind both rings, and of a descriptor.
 const AVAIL_HEADER: u64 = 4;
+const EVENT: u64 = 2;
+const DESCRIPTOR: u64 = 16;
 
 /// The driver broke the queue.
 #[derive(Debug, thiserror::Error)]
@@ -92,7 +94,17 @@ impl VirtQueue {
         index: usize,
         stop: Arc<AtomicBool>,
     ) -> Result<Self, QueueError> {
-        if !queue.is_valid(dma.memory()) || queue.avail_ring() == 0 {
+        // Not `Queue::is_valid`: it logs, as often as the driver likes to try.
+        let size = u64::from(queue.size());
+        let areas = [
+            (queue.desc_table(), DESCRIPTOR * size),
+            (queue.avail_ring(), AVAIL_HEADER + 2 * size + EVENT),
+            (queue.used_ring(), USED_HEADER + USED_ELEMENT * size + EVENT),
+        ];
+        let in_ram = |&(at, len): &(u64, u64)| {
+            GuestMemoryBackend::check_range(dma.memory(), GuestAddress(at), len as usize)
+        };
+        if !areas.iter().all(in_ram) || queue.avail_ring() == 0 {
             return Err(QueueError::Chain("rings outside of RAM"));
         }
         Ok(Self { queue, dma, interrupts, index, stop, quiet: false, signalled: 0 })
