@@ -1,4 +1,5 @@
 pub mod clock;
 pub mod devices;
+pub mod engine;
 pub mod memory;
 pub mod vcpu_signal;

@@ -1,1 +1,174 @@
+//! The software CPU: an x86-64 system processor in software.
+//!
+//! [`Cpu`] executes the guest whose plain-data state is [`state::CpuState`], in the memory [`phys::PhysMemory`],
+//! asking its owner through [`bus::Bus`]. It knows nothing of nesting, devices or KVM.
+//!
+//! - `decode`: bytes → [`op::Op`]s, once; `block`: where they are kept and when they are forgotten
+//! - `interp`: one file per instruction family
+//! - `mmu`: page walks and the software TLB
+//! - `exec`: the run loop; `events`: interrupts and exceptions into the IDT
+
 pub mod attention;
+pub mod block;
+pub mod bus;
+pub mod cpuid;
+mod decode;
+mod events;
+mod exec;
+mod interp;
+pub mod mmu;
+pub mod op;
+pub mod phys;
+pub mod state;
+pub mod trap;
+mod tunables;
+
+use std::sync::Arc;
+
+use attention::Attention;
+use block::BlockCache;
+use bus::Bus;
+use cpuid::CpuModel;
+use mmu::tlb::{DataEntry, Mode, Tlb};
+use phys::{Peer, PhysMemory};
+use state::CpuState;
+use trap::Fault;
+
+/// Why [`Cpu::run`] returned. Everything that can be answered while an instruction is under way goes through
+/// [`Bus`] instead.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Exit {
+    /// HLT with nothing to do: `state.activity` is `Halted`.
+    Halted,
+    /// Triple fault: `state.activity` is `Shutdown`; RIP is at the instruction that could not be delivered from.
+    Shutdown,
+    /// INIT, SIPI or CANCEL is set in the attention word: the owner decides.
+    Attention,
+    /// The instruction budget is used up.
+    Budget,
+    /// Interrupts can be taken now, and the caller asked to be told.
+    InterruptWindow,
+}
+
+/// One vCPU's software CPU.
+pub struct Cpu {
+    /// The vCPU: plain data, valid whenever `run` is not executing. After changing it, call [`Cpu::state_changed`].
+    pub state: CpuState,
+    pub(crate) memory: Arc<PhysMemory>,
+    pub(crate) bus: Box<dyn Bus>,
+    pub(crate) model: Arc<CpuModel>,
+    pub(crate) attention: Arc<Attention>,
+    pub(crate) peer: Arc<Peer>,
+    pub(crate) tlb: Tlb,
+    pub(crate) blocks: BlockCache,
+    /// Details of the fault that a [`trap::Trap::Fault`] announced.
+    pub(crate) fault: Fault,
+    /// Details of a [`trap::Trap::Exit`].
+    pub(crate) exit: Exit,
+    /// Current data table; see `refresh_mode`.
+    pub(crate) data_table: *const DataEntry,
+    pub(crate) data_mode: Mode,
+    /// 16, 32 or 64.
+    pub(crate) code_bits: u32,
+    /// Segment bases as effective addresses need them (0 for ES, CS, SS, DS in 64-bit mode).
+    pub(crate) linear_base: [u64; 8],
+    /// Index past the last op to execute of the running block; 0 leaves it after the current instruction.
+    pub(crate) block_end: usize,
+    /// The run loop must look at interrupts, traps and the like before the next block.
+    pub(crate) look_up: bool,
+    /// The last #GP was raised for a non-canonical address.
+    pub(crate) non_canonical: bool,
+    /// Return [`Exit::InterruptWindow`] as soon as interrupts can be taken.
+    pub want_interrupt_window: bool,
+    /// CPU number, for CPUID's APIC ID.
+    pub(crate) apic_id: u32,
+}
+
+// SAFETY: the raw pointer points into `tlb`, which moves with the CPU as boxed memory; all other fields are Send.
+unsafe impl Send for Cpu {}
+
+impl Cpu {
+    /// A vCPU after power-on.
+    pub fn new(
+        memory: Arc<PhysMemory>,
+        bus: Box<dyn Bus>,
+        model: Arc<CpuModel>,
+        attention: Arc<Attention>,
+        apic_id: u32,
+    ) -> Self {
+        let peer = memory.add_peer(Arc::clone(&attention));
+        let tlb = Tlb::default();
+        let data_table = tlb.data(Mode::Slow).as_ptr();
+        let mut cpu = Self {
+            state: CpuState::reset(),
+            memory,
+            bus,
+            model,
+            attention,
+            peer,
+            tlb,
+            blocks: BlockCache::default(),
+            fault: Fault::default(),
+            exit: Exit::Halted,
+            data_table,
+            data_mode: Mode::Slow,
+            code_bits: 16,
+            linear_base: [0; 8],
+            block_end: 0,
+            look_up: true,
+            non_canonical: false,
+            want_interrupt_window: false,
+            apic_id,
+        };
+        cpu.state_changed();
+        cpu
+    }
+
+    /// The owner, told how far we are.
+    pub fn bus(&mut self) -> &mut dyn Bus {
+        self.bus.at(self.state.instructions);
+        &mut *self.bus
+    }
+
+    /// The memory.
+    pub fn memory(&self) -> &Arc<PhysMemory> {
+        &self.memory
+    }
+
+    /// The CPU model.
+    pub fn model(&self) -> &Arc<CpuModel> {
+        &self.model
+    }
+
+    /// Call after changing [`Cpu::state`] from outside: drops everything derived from it.
+    pub fn state_changed(&mut self) {
+        self.tlb.flush_all();
+        self.refresh_space();
+        self.attend();
+    }
+
+    /// Reads guest memory at a linear address without any effect on the guest; returns how many bytes are mapped.
+    pub fn peek(&self, linear: u64, data: &mut [u8]) -> usize {
+        let mut done = 0;
+        while done < data.len() {
+            let at = self.wrap(linear.wrapping_add(done as u64));
+            let Some(physical) = mmu::walk::peek(&self.state, &self.memory, at) else { break };
+            let step = (data.len() - done).min(4096 - (at & 4095) as usize);
+            self.memory.read(physical, &mut data[done..done + step]);
+            done += step;
+        }
+        done
+    }
+
+    /// Makes the run loop look at interrupts, traps and shadows before the next instruction block.
+    #[inline(always)]
+    pub(crate) fn attend(&mut self) {
+        self.look_up = true;
+    }
+
+    /// Leaves the running block after the current instruction.
+    #[inline(always)]
+    pub(crate) fn leave_block(&mut self) {
+        self.block_end = 0;
+    }
+}

@@ -1,0 +1,284 @@
+//! The software TLB: direct-mapped tables in front of the page walker, one set for each address space in use.
+//!
+//! A data entry answers two questions with one compare each: may this mode read (write) the page, and where is it
+//! in host memory. Entries exist only for RAM. The layout is fixed so that translated code can use it.
+//!
+//! Invariants:
+//! - TLB-1: a `write` tag is set only for a page whose dirty bit is set and that holds no code (CODE-1).
+//! - TLB-2: the table of [`Mode::Slow`] is always empty: every access takes the slow path, where alignment checks
+//!   and data breakpoints are.
+
+/// Entries of each data table (a power of two).
+pub const DATA_ENTRIES: usize = 512;
+/// Entries of each fetch table (a power of two).
+pub const FETCH_ENTRIES: usize = 256;
+/// Address spaces kept at once.
+pub const SPACES: usize = 8;
+/// Tag of an empty entry: no page address has its low bits set.
+pub const EMPTY: u64 = u64::MAX;
+
+/// One data translation. `addend` + linear address = host address.
+#[derive(Clone, Copy, Debug)]
+#[repr(C, align(32))]
+pub struct DataEntry {
+    pub read: u64,
+    pub write: u64,
+    pub addend: u64,
+    /// Guest-physical page address, and in the low bits [`GLOBAL`] and [`LARGE`].
+    pub info: u64,
+}
+
+/// `info`: the translation is global.
+pub const GLOBAL: u64 = 1;
+/// `info`: part of a page larger than 4 KiB.
+pub const LARGE: u64 = 2;
+
+const NO_DATA: DataEntry = DataEntry { read: EMPTY, write: EMPTY, addend: 0, info: 0 };
+
+/// One instruction-fetch translation.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct FetchEntry {
+    pub page: u64,
+    /// Guest-physical page address.
+    pub physical: u64,
+    pub info: u64,
+}
+
+const NO_FETCH: FetchEntry = FetchEntry { page: EMPTY, physical: 0, info: 0 };
+
+/// Which data table an access uses.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[repr(usize)]
+pub enum Mode {
+    /// Supervisor access that SMAP applies to.
+    Supervisor = 0,
+    /// Supervisor access to user pages allowed (no SMAP, or AC set).
+    SupervisorAc = 1,
+    User = 2,
+    Slow = 3,
+}
+
+/// What names an address space: translations of one are never used in another.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct SpaceTag {
+    /// Physical address of the root table and PCID, as CR3 has them.
+    pub pcid: u16,
+    /// Virtual-processor identifier (0: no VMX non-root operation).
+    pub vpid: u16,
+    /// EPT pointer (0: none).
+    pub eptp: u64,
+}
+
+/// The translations of one address space.
+pub struct Space {
+    tag: SpaceTag,
+    used: u64,
+    data: [[DataEntry; DATA_ENTRIES]; 4],
+    fetch: [[FetchEntry; FETCH_ENTRIES]; 2],
+    /// Linear range that large pages were inserted in (first, last).
+    large: (u64, u64),
+    /// Some entry is of a page with a protection key other than 0.
+    keys: bool,
+    /// Everything in it is empty.
+    clean: bool,
+}
+
+impl Space {
+    fn new() -> Box<Self> {
+        Box::new(Self {
+            tag: SpaceTag::default(),
+            used: 0,
+            data: [[NO_DATA; DATA_ENTRIES]; 4],
+            fetch: [[NO_FETCH; FETCH_ENTRIES]; 2],
+            large: (u64::MAX, 0),
+            keys: false,
+            clean: true,
+        })
+    }
+
+    fn flush(&mut self) {
+        if self.clean {
+            return;
+        }
+        for table in &mut self.data {
+            table.fill(NO_DATA);
+        }
+        for table in &mut self.fetch {
+            table.fill(NO_FETCH);
+        }
+        self.large = (u64::MAX, 0);
+        self.keys = false;
+        self.clean = true;
+    }
+
+    fn flush_non_global(&mut self) {
+        if self.clean {
+            return;
+        }
+        for entry in self.data.iter_mut().flatten().filter(|e| e.info & GLOBAL == 0) {
+            *entry = NO_DATA;
+        }
+        for entry in self.fetch.iter_mut().flatten().filter(|e| e.info & GLOBAL == 0) {
+            *entry = NO_FETCH;
+        }
+    }
+
+    fn flush_page(&mut self, linear: u64, keep_global: bool) {
+        if self.clean {
+            return;
+        }
+        let page = linear & !4095;
+        let kept = |info: u64| keep_global && info & GLOBAL != 0;
+        if page >= self.large.0 && page <= self.large.1 {
+            // Some entry may be a piece of a large page around this address: drop all pieces of large pages.
+            for e in self.data.iter_mut().flatten().filter(|e| e.info & LARGE != 0 && !kept(e.info)) {
+                *e = NO_DATA;
+            }
+            for e in self.fetch.iter_mut().flatten().filter(|e| e.info & LARGE != 0 && !kept(e.info)) {
+                *e = NO_FETCH;
+            }
+        }
+        for table in &mut self.data {
+            let entry = &mut table[data_index(page)];
+            if (entry.read == page || entry.write == page) && !kept(entry.info) {
+                *entry = NO_DATA;
+            }
+        }
+        for table in &mut self.fetch {
+            let entry = &mut table[fetch_index(page)];
+            if entry.page == page && !kept(entry.info) {
+                *entry = NO_FETCH;
+            }
+        }
+    }
+}
+
+/// Index of a linear address in a data table.
+#[inline(always)]
+pub fn data_index(linear: u64) -> usize {
+    (linear >> 12) as usize & (DATA_ENTRIES - 1)
+}
+
+/// Index of a linear address in a fetch table.
+#[inline(always)]
+pub fn fetch_index(linear: u64) -> usize {
+    (linear >> 12) as usize & (FETCH_ENTRIES - 1)
+}
+
+/// All translations of one vCPU.
+pub struct Tlb {
+    spaces: Vec<Box<Space>>,
+    current: usize,
+    clock: u64,
+    /// Counts everything that may end the validity of a fetch translation; block chains remember it.
+    pub(crate) fetch_epoch: u64,
+}
+
+impl Default for Tlb {
+    fn default() -> Self {
+        Self { spaces: (0..SPACES).map(|_| Space::new()).collect(), current: 0, clock: 0, fetch_epoch: 0 }
+    }
+}
+
+impl Tlb {
+    /// The data table of `mode` in the current space.
+    #[inline(always)]
+    pub fn data(&self, mode: Mode) -> &[DataEntry; DATA_ENTRIES] {
+        &self.spaces[self.current].data[mode as usize]
+    }
+
+    /// The fetch entry for `linear`, user or supervisor.
+    #[inline(always)]
+    pub fn fetch(&self, user: bool, linear: u64) -> &FetchEntry {
+        &self.spaces[self.current].fetch[usize::from(user)][fetch_index(linear)]
+    }
+
+    /// Makes `tag`'s space the current one, taking the least recently used for it if it has none.
+    pub fn switch(&mut self, tag: SpaceTag) {
+        self.clock += 1;
+        self.fetch_epoch += 1;
+        let found = self.spaces.iter().position(|s| s.tag == tag && s.used != 0);
+        let index = found.unwrap_or_else(|| {
+            let oldest = (0..self.spaces.len()).min_by_key(|&i| self.spaces[i].used).unwrap_or(0);
+            self.spaces[oldest].flush();
+            self.spaces[oldest].tag = tag;
+            oldest
+        });
+        self.spaces[index].used = self.clock;
+        self.current = index;
+    }
+
+    /// Inserts a data translation.
+    pub fn insert_data(&mut self, mode: Mode, linear: u64, entry: DataEntry, key: u32) {
+        let space = &mut self.spaces[self.current];
+        if mode == Mode::Slow {
+            return;
+        }
+        space.clean = false;
+        space.keys |= key != 0;
+        note_large(&mut space.large, linear, entry.info);
+        space.data[mode as usize][data_index(linear)] = entry;
+    }
+
+    /// Inserts a fetch translation.
+    pub fn insert_fetch(&mut self, user: bool, linear: u64, entry: FetchEntry) {
+        let space = &mut self.spaces[self.current];
+        space.clean = false;
+        note_large(&mut space.large, linear, entry.info);
+        space.fetch[usize::from(user)][fetch_index(linear)] = entry;
+    }
+
+    /// Drops everything, in every space.
+    pub fn flush_all(&mut self) {
+        self.fetch_epoch += 1;
+        self.spaces.iter_mut().for_each(|s| s.flush());
+    }
+
+    /// Drops everything of spaces that `which` selects; with `keep_global`, global translations stay.
+    pub fn flush_spaces(&mut self, keep_global: bool, which: impl Fn(&SpaceTag) -> bool) {
+        self.fetch_epoch += 1;
+        for space in self.spaces.iter_mut().filter(|s| which(&s.tag)) {
+            if keep_global { space.flush_non_global() } else { space.flush() }
+        }
+    }
+
+    /// Drops what translates `linear` in spaces that `which` selects.
+    pub fn flush_page(&mut self, linear: u64, keep_global: bool, which: impl Fn(&SpaceTag) -> bool) {
+        self.fetch_epoch += 1;
+        for space in self.spaces.iter_mut().filter(|s| which(&s.tag)) {
+            space.flush_page(linear, keep_global);
+        }
+    }
+
+    /// Drops every fast write translation (CODE-1); reads stay.
+    pub fn forget_writes(&mut self) {
+        for space in self.spaces.iter_mut().filter(|s| !s.clean) {
+            for entry in space.data.iter_mut().flatten() {
+                entry.write = EMPTY;
+            }
+        }
+    }
+
+    /// PKRU changed: drops data translations in spaces with protection keys in use.
+    pub fn protection_keys_changed(&mut self) {
+        for space in self.spaces.iter_mut().filter(|s| s.keys) {
+            for table in &mut space.data {
+                table.fill(NO_DATA);
+            }
+        }
+    }
+
+    /// The tag of the current space.
+    pub fn current_tag(&self) -> SpaceTag {
+        self.spaces[self.current].tag
+    }
+}
+
+fn note_large(range: &mut (u64, u64), linear: u64, info: u64) {
+    if info & LARGE != 0 {
+        // Large pages are at most 1 GiB: widen to whole gigabytes so that any address in the page is covered.
+        range.0 = range.0.min(linear & !0x3fff_ffff);
+        range.1 = range.1.max(linear | 0x3fff_ffff);
+    }
+}
