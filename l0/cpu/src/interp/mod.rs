@@ -10,3 +10,6 @@
 //!   or sets a shadow calls `attend`.
 
 pub(crate) mod operands;
+pub(crate) mod vector;
+pub(crate) mod x87;
+pub(crate) mod xstate;
