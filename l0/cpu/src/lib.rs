@@ -17,6 +17,7 @@ mod events;
 mod exec;
 mod interp;
 pub mod mmu;
+pub mod native;
 pub mod op;
 pub mod phys;
 pub mod state;
