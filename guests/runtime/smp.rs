@@ -1,0 +1,3 @@
+//! tbd
+#[unsafe(no_mangle)]
+extern "C" fn smp_main() -> ! { loop { crate::cpu::hlt() } }
