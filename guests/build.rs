@@ -50,7 +50,8 @@ struct Linker {
 
 impl Build {
     fn from_env() -> Build {
-        let var = |name: &str| PathBuf::from(env::var_os(name).unwrap_or_else(|| die(&format!("{name} not set"))));
+        let var =
+            |name: &str| PathBuf::from(env::var_os(name).unwrap_or_else(|| die(&format!("{name} not set"))));
         let rustc = var("RUSTC");
         let linker = Linker::find(&rustc);
         Build { rustc, linker, root: var("CARGO_MANIFEST_DIR"), out: var("OUT_DIR") }
@@ -81,7 +82,9 @@ impl Build {
         command.args(["-C", &format!("linker-flavor={}", self.linker.flavor), "-C"]);
         command.arg(with_path("linker=", &self.linker.path));
         command.arg("-C").arg(with_path("link-arg=-T", &self.root.join("link.ld")));
-        for arg in ["-nostdlib", "-static", "-no-pie", "--build-id=none", "-zmax-page-size=0x1000", "--strip-debug"] {
+        for arg in
+            ["-nostdlib", "-static", "-no-pie", "--build-id=none", "-zmax-page-size=0x1000", "--strip-debug"]
+        {
             command.args(["-C", &format!("link-arg={arg}")]);
         }
         // `build-id`, `gdb` sections and temporary objects must not depend on the machine: equal sources, equal images.
@@ -109,12 +112,16 @@ impl Build {
         let mut table = String::from("&[\n");
         for source in programs {
             let name = stem(source);
-            let text = fs::read_to_string(source).unwrap_or_else(|e| die(&format!("{}: {e}", source.display())));
+            let text =
+                fs::read_to_string(source).unwrap_or_else(|e| die(&format!("{}: {e}", source.display())));
             let what = text.lines().next().and_then(|line| line.strip_prefix("//! ")).unwrap_or_else(|| {
                 die(&format!("{}: the first line must be `//! ` and say what it shows", source.display()))
             });
             let image = self.out.join(format!("{name}.elf"));
-            let _ = writeln!(table, "    Guest {{ name: {name:?}, what: {what:?}, image: include_bytes!({image:?}) }},");
+            let _ = writeln!(
+                table,
+                "    Guest {{ name: {name:?}, what: {what:?}, image: include_bytes!({image:?}) }},"
+            );
         }
         table.push(']');
         let path = self.out.join("table.rs");
@@ -131,7 +138,8 @@ impl Linker {
         if Command::new("ld").arg("--version").output().is_ok_and(|o| o.status.success()) {
             return Linker { path: "ld".into(), flavor: "ld" };
         }
-        let sysroot = Command::new(rustc).args(["--print", "sysroot"]).output().map(|o| o.stdout).unwrap_or_default();
+        let sysroot =
+            Command::new(rustc).args(["--print", "sysroot"]).output().map(|o| o.stdout).unwrap_or_default();
         let bundled = PathBuf::from(String::from_utf8_lossy(&sysroot).trim())
             .join("lib/rustlib")
             .join(env::var("HOST").unwrap_or_default())

@@ -39,7 +39,12 @@ fn print_identity() {
     println!("CPU brand:  {}", text(&brand));
 
     let version = cpuid(1, 0);
-    println!("signature {:#x}, APIC ID {}, {} physical address bits", version.eax, version.ebx >> 24, cpu::physical_bits());
+    println!(
+        "signature {:#x}, APIC ID {}, {} physical address bits",
+        version.eax,
+        version.ebx >> 24,
+        cpu::physical_bits()
+    );
 }
 
 /// Printable text up to the first zero.

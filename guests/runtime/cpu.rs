@@ -145,6 +145,11 @@ pub fn cpuid(leaf: u32, subleaf: u32) -> CpuidResult {
     core::arch::x86_64::__cpuid_count(leaf, subleaf)
 }
 
+/// QEMU's TCG misses some checks in a way that a guest does not survive.
+pub fn is_tcg() -> bool {
+    core::arch::x86_64::__cpuid(0x4000_0000).ebx == u32::from_le_bytes(*b"TCGT")
+}
+
 /// A feature that a case may need, and where CPUID shows it.
 #[derive(Clone, Copy)]
 pub struct Feature {

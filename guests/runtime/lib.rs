@@ -34,6 +34,7 @@ extern "C" fn runtime_main() -> ! {
     tables::load_boot_cpu();
     trap::load();
     cpu::enable_nx();
+    pic::set_mask(0xffff);
     guest_main();
     report::finish()
 }

@@ -1,3 +1,7 @@
 //! tbd
 #[unsafe(no_mangle)]
-extern "C" fn smp_main() -> ! { loop { crate::cpu::hlt() } }
+extern "C" fn smp_main() -> ! {
+    loop {
+        crate::cpu::hlt()
+    }
+}

@@ -153,14 +153,21 @@ pub fn load(cpu: usize) {
         let top = STACKS[cpu].address() + (stack as u64 + 1) * STACK as u64;
         crate::mem::write(if stack == 4 { tss + 4 } else { tss + 0x24 + stack as u64 * 8 }, top);
     }
-    let selector = if cpu == 0 { TSS } else { SPARE_END + 16 * (cpu as u16 - 1) };
-    write_tss_descriptor(selector, tss);
     let pointer = TablePointer { limit: 64 * 8 - 1, base: GDT.address() };
     // SAFETY: the GDT is static, and holds the selectors in use.
     unsafe {
         asm!("lgdt [{}]", in(reg) &pointer);
-        asm!("ltr {:x}", in(reg) selector);
+        asm!("lldt {:x}", in(reg) 0);
     }
+    load_task_register(cpu);
+}
+
+/// Loads TR of this CPU, again if need be: the descriptor is made available first.
+pub fn load_task_register(cpu: usize) {
+    let selector = if cpu == 0 { TSS } else { SPARE_END + 16 * (cpu as u16 - 1) };
+    write_tss_descriptor(selector, tss_address(cpu));
+    // SAFETY: the TSS is static and complete.
+    unsafe { asm!("ltr {:x}", in(reg) selector) };
 }
 
 /// An available 64-bit TSS descriptor with the whole I/O bitmap inside the limit.

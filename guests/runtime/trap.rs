@@ -75,7 +75,10 @@ impl fmt::Display for Fault {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         let Fault { vector, error, at, cr2, .. } = self;
         let Frame { rip, cs, rflags, .. } = self.frame;
-        write!(f, "vector {vector} error {error:#x} at +{at:#x} (RIP {cs:x}:{rip:#x} RFLAGS {rflags:#x} CR2 {cr2:#x})")
+        write!(
+            f,
+            "vector {vector} error {error:#x} at +{at:#x} (RIP {cs:x}:{rip:#x} RFLAGS {rflags:#x} CR2 {cr2:#x})"
+        )
     }
 }
 

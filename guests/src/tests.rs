@@ -17,7 +17,13 @@ fn segments(image: &[u8]) -> Vec<(u32, u64, u64, u64, u64)> {
     (0..count)
         .map(|i| table + i * 56)
         .map(|h| {
-            (u32_at(image, h), u64_at(image, h + 8), u64_at(image, h + 24), u64_at(image, h + 32), u64_at(image, h + 40))
+            (
+                u32_at(image, h),
+                u64_at(image, h + 8),
+                u64_at(image, h + 24),
+                u64_at(image, h + 32),
+                u64_at(image, h + 40),
+            )
         })
         .collect()
 }
@@ -31,11 +37,17 @@ fn both_entries_lead_to_the_same_address() {
         let segments = segments(image);
         let note = segments.iter().find(|s| s.0 == 4).expect("a PT_NOTE");
         let at = note.1 as usize;
-        assert_eq!((u32_at(image, at), u32_at(image, at + 4), u32_at(image, at + 8)), (4, 8, 18), "{}", guest.name);
+        assert_eq!(
+            (u32_at(image, at), u32_at(image, at + 4), u32_at(image, at + 8)),
+            (4, 8, 18),
+            "{}",
+            guest.name
+        );
         assert_eq!(&image[at + 12..at + 16], b"Xen\0");
         assert_eq!(u64_at(image, at + 16), entry);
 
-        let header = (0..8192).step_by(4).find(|&at| u32_at(image, at) == 0x1bad_b002).expect("a Multiboot header");
+        let header =
+            (0..8192).step_by(4).find(|&at| u32_at(image, at) == 0x1bad_b002).expect("a Multiboot header");
         let sum = (0..3).fold(0u32, |sum, i| sum.wrapping_add(u32_at(image, header + i * 4)));
         assert_eq!(sum, 0);
         assert_eq!(u64::from(u32_at(image, header + 28)), entry);
@@ -46,7 +58,9 @@ fn both_entries_lead_to_the_same_address() {
 fn one_segment_holds_everything_and_fits() {
     for guest in ALL {
         let loads: Vec<_> = segments(guest.image).into_iter().filter(|s| s.0 == 1).collect();
-        let &[(_, offset, address, in_file, in_memory)] = &loads[..] else { panic!("{}: {loads:?}", guest.name) };
+        let &[(_, offset, address, in_file, in_memory)] = &loads[..] else {
+            panic!("{}: {loads:?}", guest.name)
+        };
         assert_eq!(address, 0x10_0000);
         assert!(offset + in_file <= guest.image.len() as u64);
         assert!(in_file <= in_memory);
