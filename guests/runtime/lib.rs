@@ -13,6 +13,7 @@ pub mod apic;
 mod builtins;
 pub mod cpu;
 mod entry;
+pub mod legacy;
 pub mod mem;
 pub mod paging;
 pub mod pic;
