@@ -74,7 +74,9 @@ entry64:
     cmpl $boot_stack_top, %esp
     jne 1f
     call runtime_main
-1:  call smp_main
+1:  movl %ebx, %edi         # the CPU's number
+    shrl $14, %edi
+    call smp_main
     ud2
 
     .section .rodata.boot
