@@ -64,7 +64,6 @@ impl Build {
         command.args(["-C", "panic=abort", "-C", "relocation-model=static", "-C", "code-model=small"]);
         command.args(["-C", "target-cpu=x86-64", "-C", "no-redzone=yes", "-C", "opt-level=2"]);
         command.args(["-C", "force-unwind-tables=no", "-C", "codegen-units=1", "-C", "debuginfo=0"]);
-        command.args(["-D", "warnings"]);
         command.arg(source);
         command
     }
@@ -177,7 +176,11 @@ fn with_path(prefix: &str, path: &Path) -> std::ffi::OsString {
 
 fn run(mut command: Command, doing: &str) {
     match command.output() {
-        Ok(output) if output.status.success() => {}
+        Ok(output) if output.status.success() => {
+            for line in String::from_utf8_lossy(&output.stderr).lines() {
+                println!("cargo:warning={line}");
+            }
+        }
         Ok(output) => die(&format!("{doing} failed:\n{}", String::from_utf8_lossy(&output.stderr))),
         Err(error) => die(&format!("{doing}: cannot run {:?}: {error}", command.get_program())),
     }

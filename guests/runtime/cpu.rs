@@ -78,6 +78,8 @@ instruction! {
     hlt() = "hlt" [];
     /// Enables interrupts for exactly one HLT: none can slip in between.
     sti_hlt() = "sti; hlt; cli" [];
+    /// Opens interrupts for a moment.
+    sti_window() = "sti; nop; nop; cli" [];
     cr0() -> u64 = "mov rax, cr0" ("rax") [];
     cr2() -> u64 = "mov rax, cr2" ("rax") [];
     cr3() -> u64 = "mov rax, cr3" ("rax") [];

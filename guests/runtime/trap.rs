@@ -33,6 +33,10 @@ pub const XM: u8 = 19;
 #[repr(C)]
 #[derive(Clone, Copy, Default)]
 pub struct Frame {
+    /// Address of the FXSAVE image that is restored behind the handler.
+    pub fx_image: u64,
+    /// CR0 at the trap; a TS or EM in it is set again behind the handler.
+    pub cr0: u64,
     pub r15: u64,
     pub r14: u64,
     pub r13: u64,
@@ -263,26 +267,29 @@ trap_entry:
     push r13
     push r14
     push r15
+    mov rax, cr0
+    push rax
+    push 0
     cld
     mov rbx, rsp
     # A case may have left CR0.TS or CR0.EM set; the dispatcher uses SSE.
-    mov r12, cr0
-    test r12d, 0xc
+    test eax, 0xc
     jz 2f
-    mov rax, r12
     and rax, -13
     mov cr0, rax
 2:  sub rsp, 512
     and rsp, -16
-    mov r13, rsp
+    mov [rbx], rsp
     fxsave64 [rsp]
     mov rdi, rbx
     call dispatch
-    fxrstor64 [r13]
-    test r12d, 0xc
+    mov rax, [rbx]
+    fxrstor64 [rax]
+    mov rax, [rbx + 8]
+    test eax, 0xc
     jz 3f
-    mov cr0, r12
-3:  mov rsp, rbx
+    mov cr0, rax
+3:  lea rsp, [rbx + 16]
     pop r15
     pop r14
     pop r13
