@@ -9,4 +9,16 @@
 //! - What changes CPL, CR0, CR4, EFER, AC, DR7 or CS calls `refresh_mode`; what may make an interrupt deliverable
 //!   or sets a shadow calls `attend`.
 
+pub(crate) mod control;
+pub(crate) mod descriptor;
+pub(crate) mod far;
+pub(crate) mod flags;
+pub(crate) mod io;
+pub(crate) mod iret;
+pub(crate) mod msr;
 pub(crate) mod operands;
+pub(crate) mod segment;
+pub(crate) mod stack_switch;
+pub(crate) mod syscall;
+pub(crate) mod system;
+pub(crate) mod task;
