@@ -11,12 +11,14 @@ pub mod ioapic;
 pub mod irqchip;
 pub mod lapic;
 pub mod oscillator;
+pub mod pci;
 pub mod pic;
 pub mod pit;
 pub mod rtc;
 #[cfg(test)]
 mod test_bench;
 pub mod uart;
+pub mod virtio;
 pub mod window;
 
 use std::collections::BTreeMap;
