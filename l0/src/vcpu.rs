@@ -9,7 +9,7 @@ use turtles_cpu::attention::Attention;
 use turtles_cpu::bus::{Bus as CpuBus, MsrRefused};
 use turtles_cpu::state::{Activity, CpuState};
 use turtles_cpu::{Cpu, Exit};
-use x86defs::rflags;
+use x86defs::{msr, rflags};
 
 use crate::clock::{Clock, ClockSource};
 use crate::crash::CrashReport;
@@ -82,13 +82,24 @@ impl CpuBus for MachineBus {
     }
 
     fn read_msr(&mut self, msr: u32) -> Result<u64, MsrRefused> {
-        self.irqchip.apic_msr_read(self.index, msr).map_err(|_| MsrRefused)
+        match msr {
+            msr::IA32_APIC_BASE => Ok(self.irqchip.apic_base(self.index)),
+            msr::IA32_TSC_DEADLINE => Ok(self.irqchip.tsc_deadline(self.index)),
+            _ => self.irqchip.apic_msr_read(self.index, msr).map_err(|_| MsrRefused),
+        }
     }
 
     fn write_msr(&mut self, msr: u32, value: u64) -> Result<(), MsrRefused> {
-        let result = self.irqchip.apic_msr_write(self.index, msr, value).map_err(|_| MsrRefused);
+        let result = match msr {
+            msr::IA32_APIC_BASE => self.irqchip.set_apic_base(self.index, value),
+            msr::IA32_TSC_DEADLINE => {
+                self.irqchip.set_tsc_deadline(self.index, value);
+                Ok(())
+            }
+            _ => self.irqchip.apic_msr_write(self.index, msr, value),
+        };
         self.wrote();
-        result
+        result.map_err(|_| MsrRefused)
     }
 
     fn cr8(&mut self) -> u8 {
@@ -252,10 +263,4 @@ impl Vcpu {
         let seen = self.signal.attention.get();
         if seen & signals != 0 { self.attend() } else { State::Running }
     }
-}
-
-/// Copies the state in which a boot protocol starts the bootstrap processor.
-pub fn start_state(cpu: &mut Cpu, state: CpuState) {
-    cpu.state = state;
-    cpu.state_changed();
 }

@@ -7,6 +7,7 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use turtles_cpu::Cpu;
 use turtles_cpu::attention::Attention;
 use turtles_cpu::cpuid::CpuModel;
+use turtles_cpu::mmu::walk::PHYSICAL_BITS;
 use turtles_cpu::phys::{PhysMemory, RamRange};
 use turtles_cpu::state::{Activity, CpuState};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
@@ -23,8 +24,8 @@ use crate::doctor;
 use crate::engine::kvm::{KvmHost, KvmVm};
 use crate::engine::{Engine, EngineError, Soft};
 use crate::error::RunError;
-use crate::memory::Ram;
-use crate::vcpu::{MachineBus, Vcpu, start_state};
+use crate::memory::{HIGH_RAM_START, LOW_RAM_END, Ram};
+use crate::vcpu::{MachineBus, Vcpu};
 use crate::vcpu_signal::{VcpuSignal, lock};
 
 /// Guest TSC frequency when time is the host's: near what server parts have, and a round number.
@@ -151,9 +152,10 @@ impl Machine {
             let vcpu = machine.vcpu(index, signal, &physical, &model, config, vm.as_ref())?;
             machine.vcpus.push(vcpu);
         }
-        let first = machine.vcpus.first_mut().map(|v| &mut v.cpu);
-        if let Some(cpu) = first {
-            start_state(cpu, cpu_state(&start));
+        if let Some(first) = machine.vcpus.first_mut() {
+            first.cpu.state = cpu_state(&start);
+            set_memory_types(&mut first.cpu.state);
+            first.cpu.state_changed();
         }
         Ok(machine)
     }
@@ -180,6 +182,7 @@ impl Machine {
         let mut cpu =
             Cpu::new(Arc::clone(physical), Box::new(bus), Arc::clone(model), attention, index as u32);
         cpu.state.activity = Activity::WaitForSipi;
+        set_memory_types(&mut cpu.state);
         cpu.state_changed();
         let engine: Box<dyn Engine> = match vm {
             Some(vm) => Box::new(vm.vcpu(index, Arc::clone(signal), &cpu)?),
@@ -326,6 +329,18 @@ fn flat_spec(flat: FlatImage) -> boot::FlatSpec {
         _ => boot::FlatMode::Protected32,
     };
     boot::FlatSpec { address: flat.address, mode }
+}
+
+/// Memory types as firmware leaves them: write-back, but uncacheable from the PCI window to 4 GiB.
+fn set_memory_types(state: &mut CpuState) {
+    const WRITE_BACK: u64 = 6;
+    const UNCACHEABLE: u64 = 0;
+    const ENABLE: u64 = 1 << 11;
+    const VALID: u64 = 1 << 11;
+    let mtrr = &mut state.msrs.mtrr;
+    mtrr.def_type = ENABLE | WRITE_BACK;
+    mtrr.variable[0] = LOW_RAM_END | UNCACHEABLE;
+    mtrr.variable[1] = (1 << PHYSICAL_BITS) - (HIGH_RAM_START - LOW_RAM_END) | VALID;
 }
 
 /// The registers a boot protocol asks for, over the state after INIT.
