@@ -29,13 +29,12 @@ pub const PM_TIMER_PORT: u16 = 0x608;
 pub const PM_TIMER_LEN: u8 = 4;
 /// A write of [`ACPI_ENABLE`] here sets SCI_EN in the PM1a control register, of [`ACPI_DISABLE`] clears it.
 pub const SMI_COMMAND_PORT: u16 = 0xb2;
-pub const ACPI_ENABLE: u8 = 0xf1;
-pub const ACPI_DISABLE: u8 = 0xf0;
+pub use crate::devices::acpi_pm::{ACPI_DISABLE, ACPI_ENABLE};
 /// A write of [`RESET_VALUE`] here resets the machine.
 pub const RESET_PORT: u16 = 0xcf9;
 pub const RESET_VALUE: u8 = 6;
 /// SLP_TYP of S5, soft off.
-pub const SLP_TYP_S5: u8 = 5;
+pub use crate::devices::acpi_pm::S5_SLEEP_TYPE as SLP_TYP_S5;
 /// The system control interrupt: level-triggered.
 pub const SCI_IRQ: u8 = 9;
 
