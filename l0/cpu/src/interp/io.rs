@@ -76,16 +76,14 @@ impl Cpu {
 
     fn read_port(&mut self, port: u16, size: usize) -> u64 {
         let mut data = [0xff; 4];
-        self.bus.port_read(port, &mut data[..size]);
+        self.bus().port_read(port, &mut data[..size]);
         self.note_port_breakpoint(port, size);
         data[..size].iter().rev().fold(0, |v, &b| v << 8 | u64::from(b))
     }
 
     fn write_port(&mut self, port: u16, size: usize, value: u64) {
-        self.bus.port_write(port, &value.to_le_bytes()[..size]);
+        self.bus().port_write(port, &value.to_le_bytes()[..size]);
         self.note_port_breakpoint(port, size);
-        // The device may have raised or taken back an interrupt.
-        self.attend();
     }
 }
 

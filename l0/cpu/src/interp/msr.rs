@@ -114,7 +114,7 @@ impl Cpu {
             }
             m::IA32_TSC_DEADLINE => {
                 self.needs(Feature::TscDeadline)?;
-                match self.bus.read_msr(index)? {
+                match self.bus().read_msr(index)? {
                     0 => 0,
                     deadline => deadline.wrapping_add(self.state.msrs.tsc_adjust),
                 }
@@ -173,7 +173,7 @@ impl Cpu {
                 allow(self.model.has(Feature::Rdtscp) || self.model.has(Feature::Rdpid))?;
                 return Ok(msrs.tsc_aux);
             }
-            _ => return self.bus.read_msr(index),
+            _ => return self.bus().read_msr(index),
         };
         self.needs(Feature::Lm)
             .or_else(|e| if index == m::IA32_EFER { self.needs(Feature::Nx) } else { Err(e) })?;
@@ -187,7 +187,8 @@ impl Cpu {
         }
         match index {
             m::IA32_TSC => {
-                let clock = self.bus.tsc(self.state.instructions);
+                let instructions = self.state.instructions;
+                let clock = self.bus().tsc(instructions);
                 self.state.msrs.tsc_adjust = value.wrapping_sub(clock);
             }
             m::IA32_TSC_ADJUST => {
@@ -198,8 +199,12 @@ impl Cpu {
                 self.needs(Feature::TscDeadline)?;
                 // 0 disarms; the owner's timer runs by its own clock, to which the adjustment is unknown.
                 let adjust = self.state.msrs.tsc_adjust;
-                let deadline = if value == 0 { 0 } else { value.saturating_sub_signed(adjust as i64).max(1) };
-                self.bus.write_msr(index, deadline)?;
+                let deadline = match value {
+                    0 => 0,
+                    _ if (adjust as i64) < 0 => value.saturating_add(adjust.wrapping_neg()),
+                    _ => value.saturating_sub(adjust).max(1),
+                };
+                self.bus().write_msr(index, deadline)?;
             }
             // Machine-check registers can only be cleared; a microcode update is taken and forgotten.
             m::IA32_P5_MC_ADDR | m::IA32_P5_MC_TYPE => allow(value == 0)?,
@@ -286,7 +291,7 @@ impl Cpu {
                 self.state.msrs.tsc_aux = value;
             }
             _ => {
-                self.bus.write_msr(index, value)?;
+                self.bus().write_msr(index, value)?;
                 self.attend();
             }
         }
@@ -352,7 +357,7 @@ impl Cpu {
 
     /// True if the local APIC is globally enabled.
     pub(crate) fn apic_enabled(&mut self) -> bool {
-        self.bus.read_msr(m::IA32_APIC_BASE).is_ok_and(|base| base & apic_base::ENABLE != 0)
+        self.bus().read_msr(m::IA32_APIC_BASE).is_ok_and(|base| base & apic_base::ENABLE != 0)
     }
 }
 
