@@ -180,21 +180,14 @@ const NEEDS_HOST: FeatureSet = FeatureSet::of(&[
     F::Cx16,
     F::Sse41,
     F::Sse42,
-    F::Popcnt,
     F::Aes,
     F::Avx,
     F::F16c,
-    F::Bmi1,
     F::Avx2,
-    F::Bmi2,
-    F::Adx,
     F::Sha,
     F::Gfni,
     F::Vaes,
     F::Vpclmulqdq,
-    F::Lzcnt,
-    F::Rdrand,
-    F::Rdseed,
 ]);
 
 /// Features with registers of AVX state: the host's OS must have enabled it too.
@@ -414,6 +407,28 @@ impl CpuModel {
         &self.features
     }
 
+    /// True if the model has what `insn` needs; without, it is #UD. Instructions that older processors take for
+    /// another one, or for a hint, are always allowed.
+    pub fn allows(&self, insn: &iced_x86::Instruction) -> bool {
+        insn.cpuid_features().iter().all(|&needs| match needed_feature(needs) {
+            Need::Nothing => true,
+            Need::One(feature) => self.has(feature),
+            Need::Absent => false,
+        })
+    }
+
+    /// How iced is to read bytes that mean another instruction without a feature: TZCNT is BSF then, LZCNT is BSR.
+    pub fn decoder_options(&self) -> u32 {
+        let mut options = iced_x86::DecoderOptions::NONE;
+        if !self.has(F::Bmi1) {
+            options |= iced_x86::DecoderOptions::NO_MPFX_0FBC;
+        }
+        if !self.has(F::Lzcnt) {
+            options |= iced_x86::DecoderOptions::NO_MPFX_0FBD;
+        }
+        options
+    }
+
     /// Frequency of the TSC.
     pub fn tsc_hz(&self) -> u64 {
         self.tsc_hz
@@ -555,6 +570,91 @@ impl CpuModel {
             _ => [0; 4],
         }
     }
+}
+
+/// What an instruction-set extension, as iced names it, asks of a model.
+enum Need {
+    Nothing,
+    One(Feature),
+    /// No model has it.
+    Absent,
+}
+
+fn needed_feature(feature: iced_x86::CpuidFeature) -> Need {
+    use iced_x86::CpuidFeature as I;
+    Need::One(match feature {
+        I::INTEL8086
+        | I::INTEL8086_ONLY
+        | I::INTEL186
+        | I::INTEL286
+        | I::INTEL386
+        | I::INTEL486
+        | I::X64
+        | I::CPUID
+        | I::FPU287
+        | I::FPU387
+        | I::MULTIBYTENOP
+        | I::PAUSE
+        | I::RDPMC
+        | I::PREFETCHW
+        | I::PREFETCHWT1
+        | I::CLDEMOTE
+        | I::CET_IBT
+        | I::CET_SS
+        | I::WBNOINVD
+        | I::SMM => return Need::Nothing,
+        I::FPU => F::Fpu,
+        I::ADX => F::Adx,
+        I::AES => F::Aes,
+        I::AVX => F::Avx,
+        I::AVX2 => F::Avx2,
+        I::AVX_VNNI => F::AvxVnni,
+        I::BMI1 => F::Bmi1,
+        I::BMI2 => F::Bmi2,
+        I::CLFLUSHOPT => F::Clflushopt,
+        I::CLFSH => F::Clflush,
+        I::CLWB => F::Clwb,
+        I::CMOV => F::Cmov,
+        I::CMPXCHG16B => F::Cx16,
+        I::CX8 => F::Cx8,
+        I::F16C => F::F16c,
+        I::FMA => F::Fma,
+        I::FSGSBASE => F::Fsgsbase,
+        I::FXSR => F::Fxsr,
+        I::GFNI => F::Gfni,
+        I::INVPCID => F::Invpcid,
+        I::LZCNT => F::Lzcnt,
+        I::MMX => F::Mmx,
+        I::MOVBE => F::Movbe,
+        I::MSR => F::Msr,
+        I::PCLMULQDQ => F::Pclmulqdq,
+        I::PKU => F::Pku,
+        I::POPCNT => F::Popcnt,
+        I::RDPID => F::Rdpid,
+        I::RDRAND => F::Rdrand,
+        I::RDSEED => F::Rdseed,
+        I::RDTSCP => F::Rdtscp,
+        I::SEP => F::Sep,
+        I::SERIALIZE => F::Serialize,
+        I::SHA => F::Sha,
+        I::SMAP => F::Smap,
+        I::SSE => F::Sse,
+        I::SSE2 => F::Sse2,
+        I::SSE3 => F::Sse3,
+        I::SSE4_1 => F::Sse41,
+        I::SSE4_2 => F::Sse42,
+        I::SSSE3 => F::Ssse3,
+        I::SYSCALL => F::Syscall,
+        I::TSC => F::Tsc,
+        I::VAES => F::Vaes,
+        I::VPCLMULQDQ => F::Vpclmulqdq,
+        I::XSAVE => F::Xsave,
+        I::XSAVEC => F::Xsavec,
+        I::XSAVEOPT => F::Xsaveopt,
+        I::XSAVES => F::Xsaves,
+        // Everything else is of features no model has (iced knows some two hundred).
+        _ => return Need::Absent,
+    })
 }
 
 /// Subleaf that the feature table is asked for: most leaves have only one.
@@ -713,6 +813,20 @@ mod tests {
     fn flags_are_spelled_as_in_qemu() {
         for text in ["base,+sse4.1", "base,+sse4_1", "base,sse4-1=on", "base,pni=on", "base,+SSE3"] {
             assert!(CpuModel::parse(text).is_ok(), "{text}");
+        }
+    }
+
+    #[test]
+    fn instructions_go_with_their_flags() {
+        use iced_x86::{Code, Instruction, Register::*};
+        let base = CpuModel::parse("base").unwrap();
+        let popcnt = Instruction::with2(Code::Popcnt_r64_rm64, RAX, RCX).unwrap();
+        assert!(!base.allows(&popcnt) && CpuModel::default().allows(&popcnt));
+        for code in [Code::Endbr64, Code::Pause, Code::Wbnoinvd, Code::Nopd, Code::Syscall, Code::Iretq] {
+            assert!(base.allows(&Instruction::with(code)), "{code:?}");
+        }
+        for code in [Code::Vmlaunch, Code::Xend, Code::Vmmcall, Code::Getsec] {
+            assert!(!CpuModel::default().allows(&Instruction::with(code)), "{code:?}");
         }
     }
 

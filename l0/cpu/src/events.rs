@@ -82,23 +82,9 @@ impl Cpu {
         self.deliver_fault_after(None)
     }
 
-    /// Delivers the debug traps that are pending at an instruction boundary; false is shutdown.
-    pub(crate) fn deliver_debug_trap(&mut self) -> bool {
-        let bits = std::mem::take(&mut self.state.pending_debug);
-        let event = self.exception(self.note_debug(bits));
-        match self.deliver(event) {
-            Ok(()) => true,
-            Err(_) => self.deliver_fault_after(Some(vector::DB)),
-        }
-    }
-
     /// Raises #DB as a fault; `bits` go to DR6.
     pub(crate) fn raise_debug(&mut self, bits: u64) -> Trap {
         self.raise(Fault { address: bits, ..Fault::plain(vector::DB) })
-    }
-
-    fn note_debug(&self, bits: u64) -> Fault {
-        Fault { address: bits, ..Fault::plain(vector::DB) }
     }
 
     fn exception(&mut self, fault: Fault) -> Event {
@@ -117,7 +103,9 @@ impl Cpu {
 
     /// DR6, DR7.GD and IA32_DEBUGCTL as a debug exception leaves them.
     fn enter_debug(&mut self, bits: u64) {
-        self.state.dr6 = self.state.dr6 & !0xf | bits | dr::DR6_FIXED_1;
+        // New hits replace old ones; whoever has noted them already passes none.
+        let kept = if bits & 0xf != 0 { !0xf } else { u64::MAX };
+        self.state.dr6 = self.state.dr6 & kept | bits | dr::DR6_FIXED_1;
         self.state.msrs.debugctl &= !DEBUGCTL_LBR_BTF;
         if self.state.dr7 & dr::DR7_GD != 0 {
             self.state.dr7 &= !dr::DR7_GD;
@@ -345,11 +333,14 @@ impl Cpu {
     /// IA-32e mode: 16-byte gates.
     fn deliver_long(&mut self, event: Event, flags: u64) -> Exec {
         let at = self.gate_address(event, 16)?;
-        let gate = Descriptor(self.read_system::<u64>(at)?);
+        let mut entry = [0; 16];
+        self.read_table(at, &mut entry)?;
+        let [gate, upper] =
+            [0, 8].map(|i| entry[i..i + 8].iter().rev().fold(0, |word, &byte| word << 8 | u64::from(byte)));
+        let gate = Descriptor(gate);
         if !matches!(gate.system_type(), Some(system::INTERRUPT_GATE | system::TRAP_GATE)) {
             return Err(self.gate_fault(vector::GP, event));
         }
-        let upper = self.read_system::<u64>(self.table_address(at, 8))?;
         self.check_gate(gate, event)?;
         let offset = u64::from(gate.gate_offset()) | upper << 32;
         let target = self.gate_target(gate, offset, event)?;

@@ -193,7 +193,7 @@ impl Cpu {
         if self.hits_code_breakpoint() {
             return self.finish_fault();
         }
-        let trap_flag = self.state.system_flag(rflags::TF);
+        self.single_step = self.state.system_flag(rflags::TF);
         let block = match self.find_block() {
             Ok(block) => block,
             Err(trap) => return self.take_trap(trap),
@@ -202,6 +202,7 @@ impl Cpu {
         let had_rf = self.state.system_flag(rflags::RF);
         self.state.rflags_system &= !rflags::RF;
         let result = self.execute(&block, 1);
+        let trap_flag = std::mem::take(&mut self.single_step);
         match result {
             Ok(()) => {
                 if trap_flag {

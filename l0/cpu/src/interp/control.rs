@@ -3,7 +3,6 @@
 use iced_x86::{Instruction, Mnemonic, OpKind};
 use x86defs::{cr0, cr3, cr4, dr, efer, paging, segment, xcr0};
 
-use super::operands::memory_size;
 use crate::Cpu;
 use crate::cpuid::Feature;
 use crate::events::is_tss32;
@@ -232,7 +231,7 @@ impl Cpu {
     /// The value of debug register `n` (0 to 7) after the access checks of MOV from and to debug registers.
     fn debug_register(&mut self, n: usize) -> Exec<usize> {
         let aliased = matches!(n, 4 | 5);
-        if aliased && self.state.cr4 & cr4::DE != 0 {
+        if n > 7 || aliased && self.state.cr4 & cr4::DE != 0 {
             return Err(self.raise(Fault::ud()));
         }
         self.require_cpl0()?;
@@ -292,7 +291,7 @@ fn mov_from_cr(cpu: &mut Cpu, cold: &Cold) -> Exec {
 }
 
 fn mov_to_dr(cpu: &mut Cpu, cold: &Cold) -> Exec {
-    let n = cpu.debug_register(cold.insn.op0_register().number() & 7)?;
+    let n = cpu.debug_register(cold.insn.op0_register().number())?;
     let value = source(cpu, cold);
     if n >= 6 && value >> 32 != 0 {
         return cpu.gp0();
@@ -308,7 +307,7 @@ fn mov_to_dr(cpu: &mut Cpu, cold: &Cold) -> Exec {
 }
 
 fn mov_from_dr(cpu: &mut Cpu, cold: &Cold) -> Exec {
-    let n = cpu.debug_register(cold.insn.op1_register().number() & 7)?;
+    let n = cpu.debug_register(cold.insn.op1_register().number())?;
     let value = match n {
         6 => cpu.state.dr6,
         7 => cpu.state.dr7,
@@ -357,11 +356,8 @@ fn invlpg(cpu: &mut Cpu, cold: &Cold) -> Exec {
 
 fn invpcid(cpu: &mut Cpu, cold: &Cold) -> Exec {
     cpu.require(Feature::Invpcid)?;
-    if !cpu.state.protected() && cpu.state.cpl != 0 {
-        return Err(cpu.raise(Fault::ud()));
-    }
     cpu.require_cpl0()?;
-    let linear = cpu.operand_linear(&cold.insn, memory_size(&cold.insn).max(16), false)?;
+    let linear = cpu.operand_linear(&cold.insn, 16, false)?;
     let kind = cpu.read_register(cold.insn.op0_register());
     let pcid = cpu.load::<u64>(linear)?;
     let address = cpu.load::<u64>(cpu.wrap(linear.wrapping_add(8)))?;
@@ -402,7 +398,7 @@ fn xgetbv(cpu: &mut Cpu, _: &Cold) -> Exec {
     check_osxsave(cpu)?;
     let value = match cpu.state.gpr.get(reg::RCX) as u32 {
         0 => cpu.state.xcr0,
-        1 if cpu.model.has(Feature::Xgetbv1) => cpu.state.xcr0 & cpu.xinuse(),
+        1 if cpu.model.has(Feature::Xgetbv1) => cpu.state.xcr0 & super::xstate::xinuse(&cpu.state),
         _ => return cpu.gp0(),
     };
     set_edx_eax(cpu, value);
@@ -422,31 +418,4 @@ fn xsetbv(cpu: &mut Cpu, _: &Cold) -> Exec {
     }
     cpu.state.xcr0 = value;
     Ok(())
-}
-
-impl Cpu {
-    /// State components that are not in their initial configuration (XINUSE).
-    pub(crate) fn xinuse(&self) -> u64 {
-        let x87 = &self.state.x87;
-        let vector = &self.state.vector;
-        let x87_initial = x87.fcw == 0x37f
-            && x87.fsw == 0
-            && x87.ftw == 0
-            && x87.fop == 0
-            && x87.fip == 0
-            && x87.fdp == 0
-            && x87.st == [[0; 16]; 8];
-        // SSE counts as in use always, so that MXCSR need not be looked at.
-        let mut mask = xcr0::SSE;
-        if !x87_initial {
-            mask |= xcr0::X87;
-        }
-        if vector.ymm.iter().any(|y| y[16..] != [0; 16]) {
-            mask |= xcr0::AVX;
-        }
-        if self.state.pkru != 0 {
-            mask |= xcr0::PKRU;
-        }
-        mask
-    }
 }

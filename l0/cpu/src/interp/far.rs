@@ -172,7 +172,9 @@ impl Cpu {
             self.push_frame(&mut stack, to.size, &[cs, self.state.rip], 0)?;
         }
         self.enter_code(found, self.state.cpl, to.offset)?;
-        self.set_stack_pointer(stack.rsp & stack.mask, stack.mask);
+        if how == Transfer::Call {
+            self.adopt_stack_pointer(&stack);
+        }
         Ok(())
     }
 
@@ -218,7 +220,9 @@ impl Cpu {
             self.push_frame(&mut stack, size, &[cs, self.state.rip], 0)?;
         }
         self.enter_code(&code, cpl, offset)?;
-        self.set_stack_pointer(stack.rsp & stack.mask, stack.mask);
+        if how == Transfer::Call {
+            self.adopt_stack_pointer(&stack);
+        }
         Ok(())
     }
 

@@ -84,8 +84,6 @@ impl Cpu {
     fn write_port(&mut self, port: u16, size: usize, value: u64) {
         self.bus().port_write(port, &value.to_le_bytes()[..size]);
         self.note_port_breakpoint(port, size);
-        // The device may have raised or taken back an interrupt.
-        self.attend();
     }
 }
 

@@ -187,7 +187,8 @@ impl Cpu {
         }
         match index {
             m::IA32_TSC => {
-                let clock = self.bus.tsc(self.state.instructions);
+                let instructions = self.state.instructions;
+                let clock = self.bus().tsc(instructions);
                 self.state.msrs.tsc_adjust = value.wrapping_sub(clock);
             }
             m::IA32_TSC_ADJUST => {
@@ -198,7 +199,11 @@ impl Cpu {
                 self.needs(Feature::TscDeadline)?;
                 // 0 disarms; the owner's timer runs by its own clock, to which the adjustment is unknown.
                 let adjust = self.state.msrs.tsc_adjust;
-                let deadline = if value == 0 { 0 } else { value.saturating_sub_signed(adjust as i64).max(1) };
+                let deadline = match value {
+                    0 => 0,
+                    _ if (adjust as i64) < 0 => value.saturating_add(adjust.wrapping_neg()),
+                    _ => value.saturating_sub(adjust).max(1),
+                };
                 self.bus().write_msr(index, deadline)?;
             }
             // Machine-check registers can only be cleared; a microcode update is taken and forgotten.

@@ -150,7 +150,7 @@ impl Cpu {
     }
 
     /// Descriptor for LAR, LSL, VERR and VERW: none if the selector names nothing visible.
-    fn look_up(&mut self, selector: u16, system: &[u32]) -> Exec<Option<Found>> {
+    fn visible_descriptor(&mut self, selector: u16, system: &[u32]) -> Exec<Option<Found>> {
         if is_null(selector) || self.descriptor_address(selector, 8).is_none() {
             return Ok(None);
         }
@@ -335,7 +335,7 @@ fn lar_lsl(cpu: &mut Cpu, cold: &Cold) -> Exec {
         (false, true) => &[LDT, TSS_AVAILABLE, TSS_BUSY],
         (false, false) => &[TSS16_AVAILABLE, LDT, TSS16_BUSY, TSS_AVAILABLE, TSS_BUSY],
     };
-    let found = cpu.look_up(selector, visible)?;
+    let found = cpu.visible_descriptor(selector, visible)?;
     cpu.set_zf(found.is_some());
     if let Some(found) = found {
         let value =
@@ -348,7 +348,7 @@ fn lar_lsl(cpu: &mut Cpu, cold: &Cold) -> Exec {
 fn verify(cpu: &mut Cpu, cold: &Cold) -> Exec {
     cpu.require_protected()?;
     let selector = cpu.read_operand(cold, 0, 2)? as u16;
-    let found = cpu.look_up(selector, &[])?;
+    let found = cpu.visible_descriptor(selector, &[])?;
     let ok = found.is_some_and(|found| match cold.insn.mnemonic() {
         Mnemonic::Verr => found.descriptor.is_readable(),
         _ => found.descriptor.is_writable_data(),

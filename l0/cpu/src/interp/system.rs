@@ -13,7 +13,8 @@ use crate::trap::{Exec, Fault};
 pub(crate) fn lower(insn: &Instruction) -> Option<ColdHandler> {
     Some(match insn.mnemonic() {
         Mnemonic::Hlt => hlt,
-        Mnemonic::Pause => nothing,
+        // CLDEMOTE is a hint, and RDSSP does nothing without shadow stacks.
+        Mnemonic::Pause | Mnemonic::Cldemote | Mnemonic::Rdsspd | Mnemonic::Rdsspq => nothing,
         Mnemonic::Invd | Mnemonic::Wbinvd => cache_control,
         Mnemonic::Wbnoinvd => wbnoinvd,
         Mnemonic::Clflush => clflush,
@@ -87,21 +88,26 @@ fn is_absent(mnemonic: Mnemonic) -> bool {
             | Xtest
             | Pconfig
             | Ptwrite
-            | Cldemote
             | Enqcmd
             | Enqcmds
             | Rdpru
             | Clzero
             | Hreset
+            | Incsspd
+            | Incsspq
+            | Rstorssp
+            | Saveprevssp
+            | Setssbsy
+            | Clrssbsy
+            | Wrssd
+            | Wrssq
+            | Wrussd
+            | Wrussq
     )
 }
 
-/// The processor does not have it: #UD, unless it is a hint.
-fn absent(cpu: &mut Cpu, cold: &Cold) -> Exec {
-    if cold.insn.mnemonic() == Mnemonic::Cldemote {
-        // A hint that is a NOP on processors without it.
-        return Ok(());
-    }
+/// The processor does not have it.
+fn absent(cpu: &mut Cpu, _: &Cold) -> Exec {
     Err(cpu.raise(Fault::ud()))
 }
 
@@ -152,7 +158,8 @@ fn serialize(cpu: &mut Cpu, _: &Cold) -> Exec {
 impl Cpu {
     /// The TSC now.
     pub(crate) fn read_tsc(&mut self) -> u64 {
-        let clock = self.bus.tsc(self.state.instructions);
+        let instructions = self.state.instructions;
+        let clock = self.bus().tsc(instructions);
         self.state.tsc(clock)
     }
 
@@ -170,7 +177,7 @@ impl Cpu {
 
     /// What CPUID answers in the present state.
     pub(crate) fn cpuid_now(&mut self, leaf: u32, subleaf: u32) -> [u32; 4] {
-        if let Some(answer) = self.bus.cpuid(leaf, subleaf) {
+        if let Some(answer) = self.bus().cpuid(leaf, subleaf) {
             return answer;
         }
         let apic_enabled = self.apic_enabled();
