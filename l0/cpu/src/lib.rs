@@ -21,6 +21,7 @@ pub mod op;
 pub mod phys;
 pub mod state;
 pub mod trap;
+mod tunables;
 
 use std::sync::Arc;
 
@@ -75,8 +76,8 @@ pub struct Cpu {
     pub(crate) block_end: usize,
     /// The run loop must look at interrupts, traps and the like before the next block.
     pub(crate) look_up: bool,
-    /// The access under way is relative to SS: non-canonical addresses are #SS.
-    pub(crate) stack_access: bool,
+    /// The last #GP was raised for a non-canonical address.
+    pub(crate) non_canonical: bool,
     /// Return [`Exit::InterruptWindow`] as soon as interrupts can be taken.
     pub want_interrupt_window: bool,
     /// CPU number, for CPUID's APIC ID.
@@ -115,7 +116,7 @@ impl Cpu {
             linear_base: [0; 8],
             block_end: 0,
             look_up: true,
-            stack_access: false,
+            non_canonical: false,
             want_interrupt_window: false,
             apic_id,
         };
