@@ -167,7 +167,7 @@ impl Soft {
             let exit = if by_steps { self.cpu.step() } else { self.cpu.run(LIMIT) };
             executed += 1;
             match exit {
-                Exit::Halted => break,
+                Exit::Halted | Exit::Shutdown => break,
                 Exit::Budget if by_steps && executed < LIMIT => {}
                 Exit::Budget => return Outcome::Skipped("endless".to_owned()),
                 exit => return Outcome::Broken(format!("exit {exit:?}")),

@@ -73,10 +73,10 @@ global_asm!(
     "pop rbp",
     "pop rbx",
     "ret",
-    // The kernel leaves RFLAGS.AC as the case had it: compiled code is not made for that.
+    // The kernel leaves AC and NT as the case had them: compiled code is not made for AC, nor IRETQ for NT.
     "turtles_oracle_signal:",
     "pushfq",
-    "and dword ptr [rsp], 0xfffbffff",
+    "and dword ptr [rsp], 0xfffbbfff",
     "popfq",
     "jmp {on_signal}",
     loop_stack = sym LOOP_STACK,
