@@ -155,11 +155,8 @@ fn comparable(insn: &Instruction, bits: Bits) -> Result<(), String> {
     if matches!(code, Code::Int_imm8) && insn.immediate8() == 0x80 {
         return Err("a system call".to_owned());
     }
-    let far = matches!(insn.op0_kind(), OpKind::FarBranch16 | OpKind::FarBranch32)
-        || matches!(insn.op_code().op0_kind(), iced_x86::OpCodeOperandKind::mem)
-            && matches!(insn.mnemonic(), Mnemonic::Call | Mnemonic::Jmp)
-            && format!("{code:?}").contains("m16");
-    if far {
+    let far = matches!(insn.op0_kind(), OpKind::FarBranch16 | OpKind::FarBranch32);
+    if far || insn.is_call_far_indirect() || insn.is_jmp_far_indirect() {
         return Err("loads a segment".to_owned());
     }
     let loads_segment = insn.op_count() > 0
@@ -168,6 +165,15 @@ fn comparable(insn: &Instruction, bits: Bits) -> Result<(), String> {
         && matches!(insn.mnemonic(), Mnemonic::Mov | Mnemonic::Pop);
     if loads_segment {
         return Err("loads a segment".to_owned());
+    }
+    if matches!(insn.mnemonic(), Mnemonic::Loope | Mnemonic::Loopne) && (insn.has_rep_prefix() || insn.has_repne_prefix()) {
+        return Err("a repeat prefix on LOOPcc: some processors let it choose the condition".to_owned());
+    }
+    if code == Code::Movsxd_r16_rm16 && insn.op1_kind() == OpKind::Memory {
+        return Err("MOVSXD with 16-bit operands reads 16 or 32 bits, by vendor".to_owned());
+    }
+    if matches!(code, Code::Reservednop_rm16_r16_0F0D | Code::Reservednop_rm32_r32_0F0D | Code::Reservednop_rm64_r64_0F0D) {
+        return Err("PREFETCHW without memory: #UD or no operation, by vendor".to_owned());
     }
     if bits == Bits::B32 && matches!(insn.segment_prefix(), Register::FS | Register::GS | Register::CS) {
         return Err("the segment's hidden part is the host's".to_owned());
@@ -183,6 +189,10 @@ pub fn decode_comparable(bits: Bits, code: &[u8], ip: u64) -> Result<Instruction
     let amd = decode(DecoderOptions::AMD);
     if insn.code() != amd.code() || insn.len() != amd.len() {
         return Err("vendors decode it differently".to_owned());
+    }
+    let rex_b = bits == Bits::B64 && insn.len() > 1 && code[insn.len() - 2] & 0xf1 == 0x41;
+    if insn.code() == Code::Pause && rex_b {
+        return Err("PAUSE with REX.B: some processors exchange registers".to_owned());
     }
     comparable(&insn, bits).map(|()| insn)
 }

@@ -100,6 +100,10 @@ fn single(random: &mut Random, name: Name, mutate: bool) -> Option<Case> {
     let mut code = bytes::encode(random, name.code, name.bits)?;
     if mutate {
         bytes::mutate(random, &mut code);
+        let insn = decode(name.bits, &code, base);
+        if !insn.is_invalid() {
+            code.truncate(insn.len());
+        }
     }
     let (rip, visible) = place(random, base, code.len(), mutate);
     if !mutate {

@@ -71,10 +71,15 @@ fn set_up_registers(random: &mut Random, insn: &Instruction, case: &mut Case) {
             gpr[1] = random.below(70);
         }
         _ if insn.is_string_instruction() && random.chance(85) => {
-            let mask = if random.chance(90) { 0 } else { !0xffff_ffff };
-            gpr[1] = random.next() & mask | random.below(60);
+            let mask = if random.chance(80) { 0 } else { !0xffff_ffff };
+            let count = if random.chance(10) { 0 } else { random.below(60) };
+            gpr[1] = random.next() & mask | count;
         }
         _ => {}
+    }
+    if insn.is_string_instruction() && case.start.gpr[1] as u32 == 0 {
+        // Whether a repetition with ECX = 0 clears the upper half of RCX depends on the vendor.
+        case.start.gpr[1] = 0;
     }
     if case.bits == Bits::B32 {
         case.start.gpr.iter_mut().for_each(|reg| *reg &= 0xffff_ffff);

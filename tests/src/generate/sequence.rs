@@ -8,6 +8,7 @@ use iced_x86::{
 };
 
 use super::{Name, blank, bytes, decode, decode_comparable, forms, put_code, values};
+use crate::compare::undefined_flags;
 use crate::case::{Bits, CODE, Case, HIGH, LOW, PAGE};
 use crate::random::Random;
 
@@ -75,6 +76,10 @@ impl Builder {
             self.load(Register::RCX, random.below(40), part);
         }
         part.extend(encoded);
+        if undefined_flags(&insn) != 0 {
+            // cmp eax, eax: nothing may depend on flags that are not compared.
+            part.extend([0x39, 0xc0]);
+        }
     }
 
     fn aim(&self, random: &mut Random, memory: &UsedMemory, part: &mut Vec<u8>) {
