@@ -213,7 +213,8 @@ impl Cpu {
     #[inline(always)]
     pub fn stack_address(&mut self, offset: u64, size: usize, write: bool) -> Exec<u64> {
         let linear = self.linear(Seg::Ss, offset, size, write)?;
-        if self.code_bits == 64 && !self.is_canonical(linear) {
+        let last = linear.wrapping_add(size.max(1) as u64 - 1);
+        if self.code_bits == 64 && !(self.is_canonical(linear) && self.is_canonical(last)) {
             return Err(self.raise(Fault::with_code(vector::SS, 0)));
         }
         Ok(linear)
