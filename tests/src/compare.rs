@@ -33,9 +33,9 @@ fn unordered(insn: &Instruction, native: &Final, soft: &Final) -> bool {
     if one_is(vector::AC, vector::PF) {
         return true;
     }
-    // A near branch to a non-canonical address whose return address is pushed to an unaligned stack, or popped.
+    // A near branch to a non-canonical address, against the faults of the stack access that goes with it.
     let branch = insn.flow_control() != iced_x86::FlowControl::Next;
-    if branch && one_is(vector::AC, vector::GP) {
+    if branch && [vector::AC, vector::PF, vector::SS].into_iter().any(|v| one_is(v, vector::GP)) {
         return true;
     }
     // Some processors want the offset to be canonical too, where FS or GS makes a canonical address of it.
@@ -83,8 +83,10 @@ const GPR_NAMES: [&str; 16] = [
 
 fn registers(insn: &Instruction, native: &Final, soft: &Final, lines: &mut Vec<String>) {
     let (n, s) = (&native.registers, &soft.registers);
+    // A POPA that faults half-way is executed again whole: what it loaded so far is nobody's business.
+    let partial = matches!(insn.mnemonic(), Mnemonic::Popa | Mnemonic::Popad) && native.exception.vector == vector::PF;
     for (i, name) in GPR_NAMES.iter().enumerate() {
-        if n.gpr[i] != s.gpr[i] {
+        if n.gpr[i] != s.gpr[i] && !(partial && i != 4) {
             lines.push(format!("{name}  {:#x}  |  {:#x}", n.gpr[i], s.gpr[i]));
         }
     }
@@ -128,6 +130,10 @@ pub fn undefined_flags(insn: &Instruction) -> u64 {
         Mnemonic::Div | Mnemonic::Idiv => rflags::STATUS,
         Mnemonic::Andn | Mnemonic::Blsi | Mnemonic::Blsmsk | Mnemonic::Blsr | Mnemonic::Bzhi => AF_PF,
         Mnemonic::Bextr => AF_PF | rflags::SF,
+        // Decimal adjustment does not exist in 64-bit mode, which the software CPU itself runs in.
+        Mnemonic::Aaa | Mnemonic::Aas => rflags::OF | rflags::SF | rflags::ZF | rflags::PF,
+        Mnemonic::Aad | Mnemonic::Aam => rflags::OF | rflags::AF | rflags::CF,
+        Mnemonic::Daa | Mnemonic::Das => rflags::OF,
         _ => 0,
     }
 }
