@@ -1,3 +1,4 @@
+pub mod boot;
 pub mod clock;
 pub mod devices;
 pub mod engine;

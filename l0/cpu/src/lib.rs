@@ -17,6 +17,7 @@ mod events;
 mod exec;
 mod interp;
 pub mod mmu;
+pub mod native;
 pub mod op;
 pub mod phys;
 pub mod state;
@@ -124,8 +125,9 @@ impl Cpu {
         cpu
     }
 
-    /// The owner.
+    /// The owner, told how far we are.
     pub fn bus(&mut self) -> &mut dyn Bus {
+        self.bus.at(self.state.instructions);
         &mut *self.bus
     }
 
@@ -144,6 +146,19 @@ impl Cpu {
         self.tlb.flush_all();
         self.refresh_space();
         self.attend();
+    }
+
+    /// Reads guest memory at a linear address without any effect on the guest; returns how many bytes are mapped.
+    pub fn peek(&self, linear: u64, data: &mut [u8]) -> usize {
+        let mut done = 0;
+        while done < data.len() {
+            let at = self.wrap(linear.wrapping_add(done as u64));
+            let Some(physical) = mmu::walk::peek(&self.state, &self.memory, at) else { break };
+            let step = (data.len() - done).min(4096 - (at & 4095) as usize);
+            self.memory.read(physical, &mut data[done..done + step]);
+            done += step;
+        }
+        done
     }
 
     /// Makes the run loop look at interrupts, traps and shadows before the next instruction block.

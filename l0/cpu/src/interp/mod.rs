@@ -20,6 +20,9 @@ pub(crate) mod operands;
 pub(crate) mod shift;
 pub(crate) mod stack;
 pub(crate) mod string;
+pub(crate) mod vector;
+pub(crate) mod x87;
+pub(crate) mod xstate;
 
 use iced_x86::Instruction;
 
@@ -29,5 +32,10 @@ use crate::decode::ColdLowering;
 pub(crate) fn lower_cold(insn: &Instruction) -> Option<ColdLowering> {
     let integer =
         bits::lower_cold(insn).or_else(|| muldiv::lower_cold(insn)).or_else(|| stack::lower_cold(insn));
-    integer.map(|handler| (handler, 0, false))
+    if let Some(handler) = integer {
+        return Some((handler, 0, false));
+    }
+    let (handler, data) =
+        vector::lower(insn).or_else(|| x87::lower(insn)).or_else(|| xstate::lower(insn))?;
+    Some((handler, data, false))
 }
