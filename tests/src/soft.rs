@@ -243,7 +243,7 @@ impl Soft {
 }
 
 fn new_cpu(memory: &Arc<PhysMemory>) -> Cpu {
-    let model = Arc::new(CpuModel);
+    let model = Arc::new(CpuModel::default());
     Cpu::new(Arc::clone(memory), Box::new(NoDevices), model, Arc::new(Attention::default()), 0)
 }
 

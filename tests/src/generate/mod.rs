@@ -114,7 +114,9 @@ fn single(random: &mut Random, name: Name, mutate: bool) -> Option<Case> {
         return None;
     }
     let mut case = blank(random, name.bits, rip, base);
-    operands::set_up(random, &insn, &mut case);
+    if !operands::set_up(random, &insn, &mut case) {
+        return None;
+    }
     put_code(&mut case, &code[..visible]);
     Some(case)
 }

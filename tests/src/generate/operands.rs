@@ -7,10 +7,10 @@ use super::values;
 use crate::case::{Bits, CODE, Case, Fpu, HIGH, IMAGE_CODE, IMAGE_SIZE, LOW, XSAVE_SIZE, image_index};
 use crate::random::Random;
 
-/// Sets up `case` for `insn`, its first instruction.
-pub fn set_up(random: &mut Random, insn: &Instruction, case: &mut Case) {
+/// Sets up `case` for `insn`, its first instruction; false if that cannot be done.
+pub fn set_up(random: &mut Random, insn: &Instruction, case: &mut Case) -> bool {
     if insn.is_invalid() {
-        return;
+        return true;
     }
     set_up_registers(random, insn, case);
     let mut fixed = Fixed::default();
@@ -20,6 +20,24 @@ pub fn set_up(random: &mut Random, insn: &Instruction, case: &mut Case) {
         aim(random, insn, memory, case, &mut fixed);
     }
     set_up_memory(random, insn, case);
+    // An address in RAX or RDX, and not the mask of components that `set_up_registers` put there.
+    let components = case.start.gpr[0] as u32 > 7 || case.start.gpr[2] as u32 != 0;
+    !(takes_components(insn) && components)
+}
+
+/// XSAVE and its family: EDX:EAX says which components. Those beyond AVX the host may have and the virtual CPU has not.
+fn takes_components(insn: &Instruction) -> bool {
+    matches!(
+        insn.mnemonic(),
+        Mnemonic::Xsave
+            | Mnemonic::Xsave64
+            | Mnemonic::Xsavec
+            | Mnemonic::Xsavec64
+            | Mnemonic::Xsaveopt
+            | Mnemonic::Xsaveopt64
+            | Mnemonic::Xrstor
+            | Mnemonic::Xrstor64
+    )
 }
 
 /// General registers that an address already depends on, one bit each.
@@ -49,15 +67,7 @@ fn set_up_registers(random: &mut Random, insn: &Instruction, case: &mut Case) {
                 gpr[number] = random.below(4096).wrapping_sub(2048);
             }
         }
-        Mnemonic::Xsave
-        | Mnemonic::Xsave64
-        | Mnemonic::Xsavec
-        | Mnemonic::Xsavec64
-        | Mnemonic::Xsaveopt
-        | Mnemonic::Xsaveopt64
-        | Mnemonic::Xrstor
-        | Mnemonic::Xrstor64 => {
-            // Components beyond AVX the host may have and the virtual CPU has not.
+        _ if takes_components(insn) => {
             gpr[0] = gpr[0] & !0xffff_ffff | random.below(8);
             gpr[2] &= !0xffff_ffff;
         }
@@ -197,6 +207,8 @@ fn set_up_memory(random: &mut Random, insn: &Instruction, case: &mut Case) {
 
 const LAST_INSTRUCTION: &str = "vendors differ in when the x87 last-instruction pointers are kept";
 
+const MXCSR_MASK: &str = "one vendor's processors have one more bit in MXCSR";
+
 /// Makes accumulator and memory equal.
 fn equal_operands(insn: &Instruction, address: u64, case: &mut Case) {
     let size = insn.memory_size().size().min(16);
@@ -238,6 +250,7 @@ fn fxsave_area(random: &mut Random, insn: &Instruction, address: u64, case: &mut
         put(case, address, &image[..512]);
     } else {
         open(case, address.wrapping_add(6), 18, LAST_INSTRUCTION);
+        open(case, address.wrapping_add(28), 4, MXCSR_MASK);
     }
 }
 
@@ -250,6 +263,7 @@ fn xsave_area(random: &mut Random, insn: &Instruction, address: u64, case: &mut 
         }
         Mnemonic::Xsave | Mnemonic::Xsave64 => {
             open(case, address.wrapping_add(6), 18, LAST_INSTRUCTION);
+            open(case, address.wrapping_add(28), 4, MXCSR_MASK);
             open(case, address.wrapping_add(512), 8, "which components count as initial is the processor's choice");
         }
         _ => open(case, address, XSAVE_SIZE, "what the optimized forms leave out is the processor's choice"),

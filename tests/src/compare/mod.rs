@@ -1,65 +1,48 @@
 //! The difference between two finals, less what the architecture or the vendors leave open.
 //!
 //! Flags that the SDM calls undefined are compared too, for the software CPU computes them with the host's own
-//! arithmetic; where it does not, [`undefined_flags`] says so per mnemonic.
+//! arithmetic; where it does not, [`open::flags`] says so per mnemonic.
+
+pub mod open;
 
 use std::fmt::Write;
 
-use iced_x86::{Instruction, Mnemonic};
+use iced_x86::Instruction;
 use x86defs::{rflags, vector};
 
-use crate::case::{Case, FLAGS, Final, arena_offset};
+use crate::case::{Case, FLAGS, Final, PAGE, arena_offset};
 
 /// Lines that say what differs, `native` first; empty if the finals agree.
 pub fn differences(case: &Case, insn: &Instruction, native: &Final, soft: &Final) -> Vec<String> {
     let mut lines = Vec::new();
-    if unordered(insn, native, soft) {
+    if open::either_fault(insn, native, soft) {
         return lines;
     }
-    exceptions(native, soft, &mut lines);
+    exceptions(insn, native, soft, &mut lines);
     registers(insn, native, soft, &mut lines);
-    fpu(native, soft, &mut lines);
+    if !open::vectors(insn, native) {
+        vectors(native, soft, &mut lines);
+    }
+    if !open::x87(insn, native) {
+        x87(native, soft, &mut lines);
+    }
     memory(case, native, soft, &mut lines);
     lines
 }
 
-/// Two faults of one instruction whose order the SDM leaves to the implementation.
-fn unordered(insn: &Instruction, native: &Final, soft: &Final) -> bool {
-    let one_is = |a: u8, b: u8| {
-        let (n, s) = (native.exception.vector, soft.exception.vector);
-        (n, s) == (a, b) || (n, s) == (b, a)
-    };
-    // "Priority Among Concurrent Events" has both in one class.
-    if one_is(vector::AC, vector::PF) {
-        return true;
-    }
-    // A near branch to a non-canonical address, against the faults of the stack access that goes with it.
-    let branch = insn.flow_control() != iced_x86::FlowControl::Next;
-    if branch && [vector::AC, vector::PF, vector::SS].into_iter().any(|v| one_is(v, vector::GP)) {
-        return true;
-    }
-    // ENTER's check that the new top of stack is writable may include its alignment.
-    if insn.mnemonic() == Mnemonic::Enter && native.exception.vector == vector::AC {
-        return true;
-    }
-    // Some processors want the offset to be canonical too, where FS or GS makes a canonical address of it.
-    let based = matches!(insn.memory_segment(), iced_x86::Register::FS | iced_x86::Register::GS);
-    if based && native.exception.vector == vector::GP && soft.exception.address >> 63 != 0 {
-        return true;
-    }
-    // UD0 and UD1 at the end of a page: vendors differ in whether the ModRM byte is fetched.
-    let fetch = x86defs::pf_error::FETCH;
-    insn.is_invalid() && native.exception.vector == vector::UD && soft.exception.error_code & fetch != 0
-}
-
-fn exceptions(native: &Final, soft: &Final, lines: &mut Vec<String>) {
+fn exceptions(insn: &Instruction, native: &Final, soft: &Final, lines: &mut Vec<String>) {
     let (n, s) = (native.exception, soft.exception);
     let mut soft_code = s.error_code;
     if s.vector == vector::PF && s.address >= 0x7fff_ffff_f000 {
         // Linux shows user code that every page of the kernel's half is present.
         soft_code |= x86defs::pf_error::PRESENT;
     }
-    if (n.vector, n.error_code, n.address) != (s.vector, soft_code, s.address) {
+    let same_address = if open::fault_address(insn) {
+        n.address.abs_diff(s.address) < PAGE as u64
+    } else {
+        n.address == s.address
+    };
+    if (n.vector, n.error_code) != (s.vector, soft_code) || !same_address {
         lines.push(format!("exception  {}  |  {}", exception(native), exception(soft)));
     }
 }
@@ -87,8 +70,7 @@ const GPR_NAMES: [&str; 16] = [
 
 fn registers(insn: &Instruction, native: &Final, soft: &Final, lines: &mut Vec<String>) {
     let (n, s) = (&native.registers, &soft.registers);
-    // A POPA that faults half-way is executed again whole: what it loaded so far is nobody's business.
-    let partial = matches!(insn.mnemonic(), Mnemonic::Popa | Mnemonic::Popad) && native.exception.vector == vector::PF;
+    let partial = open::loaded_registers(insn, native);
     for (i, name) in GPR_NAMES.iter().enumerate() {
         if n.gpr[i] != s.gpr[i] && !(partial && i != 4) {
             lines.push(format!("{name}  {:#x}  |  {:#x}", n.gpr[i], s.gpr[i]));
@@ -97,7 +79,7 @@ fn registers(insn: &Instruction, native: &Final, soft: &Final, lines: &mut Vec<S
     if n.rip != s.rip {
         lines.push(format!("rip  {:#x}  |  {:#x}", n.rip, s.rip));
     }
-    let mask = FLAGS & !undefined_flags(insn);
+    let mask = FLAGS & !open::flags(insn);
     if (n.rflags ^ s.rflags) & mask != 0 {
         let wrong = (n.rflags ^ s.rflags) & mask;
         lines.push(format!("rflags  {}  |  {}  ({})", flags(n.rflags), flags(s.rflags), flags(wrong)));
@@ -125,41 +107,28 @@ pub fn flags(value: u64) -> String {
     format!("[{}]", set.join(" "))
 }
 
-/// Status flags that an instruction leaves undefined and that the software CPU does not take from the host's own
-/// instruction: they are not compared.
-pub fn undefined_flags(insn: &Instruction) -> u64 {
-    const AF_PF: u64 = rflags::AF | rflags::PF;
-    match insn.mnemonic() {
-        // No host division is executed where it could fault.
-        Mnemonic::Div | Mnemonic::Idiv => rflags::STATUS,
-        Mnemonic::Andn | Mnemonic::Blsi | Mnemonic::Blsmsk | Mnemonic::Blsr | Mnemonic::Bzhi => AF_PF,
-        Mnemonic::Bextr => AF_PF | rflags::SF,
-        // Decimal adjustment does not exist in 64-bit mode, which the software CPU itself runs in.
-        Mnemonic::Aaa | Mnemonic::Aas => rflags::OF | rflags::SF | rflags::ZF | rflags::PF,
-        Mnemonic::Aad | Mnemonic::Aam => rflags::OF | rflags::AF | rflags::CF,
-        Mnemonic::Daa | Mnemonic::Das => rflags::OF,
-        _ => 0,
+fn word(name: &str, n: u32, s: u32, lines: &mut Vec<String>) {
+    if n != s {
+        lines.push(format!("{name}  {n:#x}  |  {s:#x}"));
     }
 }
 
-fn fpu(native: &Final, soft: &Final, lines: &mut Vec<String>) {
+fn x87(native: &Final, soft: &Final, lines: &mut Vec<String>) {
     let (n, s) = (&native.registers.fpu, &soft.registers.fpu);
-    let words = [
-        ("fcw", u32::from(n.fcw), u32::from(s.fcw)),
-        ("fsw", u32::from(n.fsw), u32::from(s.fsw)),
-        ("ftw", u32::from(n.ftw), u32::from(s.ftw)),
-        ("mxcsr", n.mxcsr, s.mxcsr),
-    ];
-    for (name, n, s) in words {
-        if n != s {
-            lines.push(format!("{name}  {n:#x}  |  {s:#x}"));
-        }
-    }
+    word("fcw", n.fcw.into(), s.fcw.into(), lines);
+    word("fsw", n.fsw.into(), s.fsw.into(), lines);
+    word("ftw", n.ftw.into(), s.ftw.into(), lines);
     for i in 0..8 {
         if n.st[i] != s.st[i] {
             lines.push(format!("st{i}  {}  |  {}", hex(&n.st[i]), hex(&s.st[i])));
         }
     }
+}
+
+fn vectors(native: &Final, soft: &Final, lines: &mut Vec<String>) {
+    let (n, s) = (&native.registers.fpu, &soft.registers.fpu);
+    let mask = open::mxcsr(native);
+    word("mxcsr", n.mxcsr & !mask, s.mxcsr & !mask, lines);
     for i in 0..16 {
         if n.ymm[i] != s.ymm[i] {
             lines.push(format!("ymm{i}  {}  |  {}", hex(&n.ymm[i]), hex(&s.ymm[i])));
