@@ -18,6 +18,7 @@ mod exec;
 mod interp;
 pub mod mmu;
 pub mod native;
+mod offered;
 pub mod op;
 pub mod phys;
 pub mod state;
