@@ -42,7 +42,8 @@ fn exceptions(insn: &Instruction, native: &Final, soft: &Final, lines: &mut Vec<
     } else {
         n.address == s.address
     };
-    if (n.vector, n.error_code) != (s.vector, soft_code) || !same_address {
+    let wrong_code = (n.error_code ^ soft_code) & !open::error_code(insn, native);
+    if n.vector != s.vector || wrong_code != 0 || !same_address {
         lines.push(format!("exception  {}  |  {}", exception(native), exception(soft)));
     }
 }

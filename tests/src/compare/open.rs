@@ -59,6 +59,10 @@ pub(super) fn either_fault(insn: &Instruction, native: &Final, soft: &Final) -> 
     if insn.cpuid_features().contains(&CpuidFeature::SHA) && s == vector::GP {
         return true;
     }
+    // State areas are several accesses, and one of them is the first to fault.
+    if is_state_area(insn) && (one_is(vector::PF, vector::GP) || one_is(vector::PF, vector::SS)) {
+        return true;
+    }
     // XSAVE may touch the areas of all enabled components, and the host has more of them.
     if insn.is_save_restore_instruction() && n == vector::PF && s != vector::PF {
         return true;
@@ -78,18 +82,24 @@ pub(super) fn fault_address(insn: &Instruction) -> bool {
     is_state_area(insn) || is_masked_move(insn)
 }
 
+/// Bits of a page fault's error code that are not compared: ARPL writes only if it has something to change, and
+/// whether it asks for the right to write before, the SDM does not say.
+pub(super) fn error_code(insn: &Instruction, native: &Final) -> u32 {
+    if insn.mnemonic() == Mnemonic::Arpl && native.exception.vector == vector::PF { pf_error::WRITE } else { 0 }
+}
+
 /// A gather that faults goes on where it stopped; what mask and destination look like until then is between the
 /// processor and itself.
 pub(super) fn vectors(insn: &Instruction, native: &Final) -> bool {
     insn.is_vsib() && native.exception.vector != vector::BP
 }
 
-/// Whether a conversion to an MMX register that raises #XM, or a masked store that faults, has switched to MMX state
+/// Whether a conversion to or from an MMX register that raises #XM, or a masked store that faults, has switched to MMX state
 /// before.
 pub(super) fn x87(insn: &Instruction, native: &Final) -> bool {
-    let to_mmx = insn.op_count() > 0 && insn.op0_register().is_mm();
+    let mmx = (0..insn.op_count()).any(|i| insn.op_register(i).is_mm());
     let faults = native.exception.vector != vector::BP;
-    to_mmx && native.exception.vector == vector::XM || insn.mnemonic() == Mnemonic::Maskmovq && faults
+    mmx && native.exception.vector == vector::XM || insn.mnemonic() == Mnemonic::Maskmovq && faults
 }
 
 /// Bits of MXCSR that are not compared: the software CPU's stated deviation for PE beside an unmasked overflow or underflow.

@@ -118,6 +118,7 @@ fn excluded(mnemonic: Mnemonic) -> Option<&'static str> {
             "enters the host's kernel, or depends on the vendor"
         }
         Mnemonic::Sysret | Mnemonic::Sysretq => "depends on the vendor",
+        Mnemonic::Int1 => "what RIP its handler sees depends on how the host virtualizes it",
         Mnemonic::Rdpkru | Mnemonic::Wrpkru => "hosts differ in protection keys",
         Mnemonic::Vmcall
         | Mnemonic::Vmmcall

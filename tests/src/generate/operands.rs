@@ -178,6 +178,10 @@ fn set_up_memory(random: &mut Random, insn: &Instruction, case: &mut Case) {
         let target = base + CODE + random.below(0x2000);
         put(case, case.start.gpr[4], &target.to_le_bytes()[..case.bits.count() as usize / 8]);
     }
+    if insn.mnemonic() == Mnemonic::Push && insn.op0_register().is_segment_register() {
+        let upper = case.start.gpr[4].wrapping_sub(u64::from(case.bits.count() / 8)).wrapping_add(2);
+        open(case, upper, case.bits.count() as usize / 8 - 2, "some processors write 16 bits only");
+    }
     let Some(address) = operand_address(insn, case) else { return };
     match insn.mnemonic() {
         Mnemonic::Cmpxchg8b | Mnemonic::Cmpxchg16b | Mnemonic::Cmpxchg if random.chance(50) => {
