@@ -180,6 +180,10 @@ impl Cpu {
 /// Whether `start` can be the start of an instruction: one whose opcode is undefined whatever follows is #UD at once,
 /// and its next byte is not fetched. (The decoder asks for a ModRM byte first.)
 fn can_continue(bits: u32, start: &[u8]) -> bool {
+    // A VEX or EVEX prefix: which opcodes are defined depends on more than the next byte.
+    if start.iter().any(|byte| matches!(byte, 0xc4 | 0xc5 | 0x62)) {
+        return true;
+    }
     let mut bytes = [0; MAX_LENGTH];
     let len = start.len().min(MAX_LENGTH - 1);
     bytes[..len].copy_from_slice(&start[..len]);
