@@ -80,6 +80,8 @@ pub struct Cpu {
     pub(crate) look_up: bool,
     /// The last #GP was raised for a non-canonical address.
     pub(crate) non_canonical: bool,
+    /// The instruction under way is followed by a single-step trap.
+    pub(crate) step_trap: bool,
     /// Return [`Exit::InterruptWindow`] as soon as interrupts can be taken.
     pub want_interrupt_window: bool,
     /// CPU number, for CPUID's APIC ID.
@@ -119,6 +121,7 @@ impl Cpu {
             block_end: 0,
             look_up: true,
             non_canonical: false,
+            step_trap: false,
             want_interrupt_window: false,
             apic_id,
         };

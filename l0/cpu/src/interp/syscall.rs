@@ -138,7 +138,10 @@ fn sysexit(cpu: &mut Cpu, cold: &Cold) -> Exec {
 
 fn software_event(cpu: &mut Cpu, cold: &Cold, vector: u8, kind: EventKind) -> Exec {
     let instruction_length = cold.insn.len() as u8;
-    cpu.deliver(Event { vector, kind, error_code: None, instruction_length })
+    cpu.deliver(Event { vector, kind, error_code: None, instruction_length })?;
+    // The gate has cleared TF: the handler's first instruction is not preceded by a single-step trap.
+    cpu.step_trap = false;
+    Ok(())
 }
 
 fn int_n(cpu: &mut Cpu, cold: &Cold) -> Exec {
