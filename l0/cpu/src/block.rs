@@ -1,3 +1,176 @@
-//! placeholder
-#[derive(Default)]
-pub struct BlockCache;
+//! Decoded blocks, kept by the physical memory they were decoded from.
+//!
+//! A block is a straight run of instructions within one page, ended by a branch, by an instruction that may change
+//! how the next one is decoded or whether it is reached, by the page, or by its length. It is found through the
+//! fetch translation of its first byte, so address spaces share blocks and survive switches; it is valid as long as
+//! its page's version is what it was at decoding (see [`crate::phys`]).
+//!
+//! Ops live in one arena that is emptied when full. Handlers run with a pointer into it (see `exec`), so it is
+//! emptied only between blocks.
+
+use std::ptr;
+
+use iced_x86::Instruction;
+
+use crate::op::{Cold, ColdHandler, Op};
+use crate::phys::CodePage;
+use crate::tunables::{BLOCK_SLOTS, COLD_CAPACITY, OP_CAPACITY};
+
+/// Longest block, in instructions.
+pub(crate) const MAX_BLOCK: usize = 64;
+
+/// A decoded block.
+#[derive(Clone, Copy)]
+pub(crate) struct Block {
+    /// Physical address of the first byte, with the decoding mode in the top bits; see [`key`].
+    pub key: u64,
+    /// The page the block lies in; null for an empty slot.
+    code: *const CodePage,
+    version: u32,
+    /// Version of the second page of a page-crossing instruction.
+    second_version: u32,
+    /// The second page, if the block's only instruction crosses into it, and its physical address.
+    second: *const CodePage,
+    pub second_physical: u64,
+    pub first: u32,
+    pub count: u16,
+    pub len: u16,
+}
+
+const EMPTY: Block = Block {
+    key: u64::MAX,
+    code: ptr::null(),
+    version: 0,
+    second_version: 0,
+    second: ptr::null(),
+    second_physical: 0,
+    first: 0,
+    count: 0,
+    len: 0,
+};
+
+impl Block {
+    pub(crate) fn new(key: u64, code: &CodePage, version: u32) -> Self {
+        Self { key, code, version, ..EMPTY }
+    }
+
+    pub(crate) fn set_second(&mut self, physical: u64, code: &CodePage, version: u32) {
+        self.second_physical = physical;
+        self.second = code;
+        self.second_version = version;
+    }
+
+    /// Nothing was written over the block since it was decoded.
+    #[inline(always)]
+    fn is_fresh(&self) -> bool {
+        // SAFETY: a slot with a matching key was filled by `new`, and `CodePage`s live as long as the memory, which
+        // the CPU keeps alive.
+        unsafe { (*self.code).version() == self.version }
+    }
+
+    /// The same for the second page of a page-crossing instruction.
+    pub(crate) fn second_is_fresh(&self) -> bool {
+        // SAFETY: as above; null means that there is no second page.
+        self.second.is_null() || unsafe { (*self.second).version() == self.second_version }
+    }
+
+    /// The only instruction crosses into the next page.
+    #[inline(always)]
+    pub(crate) fn crosses(&self) -> bool {
+        !self.second.is_null()
+    }
+}
+
+/// What a block is found by: where its bytes are, and how they are decoded (16, 32 or 64 bits).
+#[inline(always)]
+pub(crate) fn key(physical: u64, code_bits: u32) -> u64 {
+    physical | u64::from(code_bits) << 56
+}
+
+#[inline(always)]
+fn slot(key: u64) -> usize {
+    // Fibonacci hashing: the low bits of nearby addresses are spread by the multiplication.
+    (key.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> (64 - BLOCK_SLOTS.trailing_zeros())) as usize
+}
+
+/// The blocks of one vCPU.
+pub struct BlockCache {
+    slots: Box<[Block]>,
+    ops: Box<[Op]>,
+    used: usize,
+    cold: Box<[Cold]>,
+    cold_used: usize,
+}
+
+// SAFETY: the raw pointers name `CodePage`s, which are shared between threads by design and kept alive by the memory.
+unsafe impl Send for BlockCache {}
+
+impl Default for BlockCache {
+    fn default() -> Self {
+        fn nothing(_: &mut crate::Cpu, _: &Op) -> crate::trap::Exec {
+            Ok(())
+        }
+        fn cold_nothing(_: &mut crate::Cpu, _: &Cold) -> crate::trap::Exec {
+            Ok(())
+        }
+        let cold = Cold { insn: Instruction::default(), handler: cold_nothing as ColdHandler, data: 0 };
+        Self {
+            slots: vec![EMPTY; BLOCK_SLOTS].into_boxed_slice(),
+            ops: vec![Op::new(nothing); OP_CAPACITY].into_boxed_slice(),
+            used: 0,
+            cold: vec![cold; COLD_CAPACITY].into_boxed_slice(),
+            cold_used: 0,
+        }
+    }
+}
+
+impl BlockCache {
+    /// The block for `key`, if it is here and fresh.
+    #[inline(always)]
+    pub(crate) fn find(&self, key: u64) -> Option<Block> {
+        let block = &self.slots[slot(key)];
+        (block.key == key && block.is_fresh()).then_some(*block)
+    }
+
+    /// Makes room for one more block, emptying everything if needed. Only between blocks.
+    pub(crate) fn make_room(&mut self) {
+        if self.used + MAX_BLOCK > self.ops.len() || self.cold_used + MAX_BLOCK > self.cold.len() {
+            self.clear();
+        }
+    }
+
+    /// Forgets every block.
+    pub(crate) fn clear(&mut self) {
+        self.slots.fill(EMPTY);
+        self.used = 0;
+        self.cold_used = 0;
+    }
+
+    /// Adds a block's ops; `make_room` came before.
+    pub(crate) fn insert(&mut self, mut block: Block, ops: &[Op]) -> Block {
+        block.first = self.used as u32;
+        self.ops[self.used..self.used + ops.len()].copy_from_slice(ops);
+        self.used += ops.len();
+        self.slots[slot(block.key)] = block;
+        block
+    }
+
+    /// Keeps the cold part of an instruction; returns its index.
+    pub(crate) fn add_cold(&mut self, cold: Cold) -> u64 {
+        self.cold[self.cold_used] = cold;
+        self.cold_used += 1;
+        self.cold_used as u64 - 1
+    }
+
+    /// The ops, for `exec`.
+    #[inline(always)]
+    pub(crate) fn ops(&self) -> *const Op {
+        self.ops.as_ptr()
+    }
+
+    /// The cold part at `index`.
+    #[inline(always)]
+    pub(crate) fn cold(&self, index: u64) -> *const Cold {
+        &raw const self.cold[index as usize]
+    }
+}

@@ -1,1 +1,232 @@
-//! placeholder
+//! Bytes to ops, once: asks each family of [`crate::interp`] for its handler.
+//!
+//! Bytes are marked as code before they are read ([`crate::phys::PhysMemory::mark_code`]), so a write that comes
+//! later is noticed.
+
+use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction, OpKind};
+use x86defs::vector;
+
+use crate::Cpu;
+use crate::block::{Block, MAX_BLOCK, key};
+use crate::interp::operands::{address_bits, offset_of, segment_of};
+use crate::interp::{self};
+use crate::op::{Cold, ColdHandler, Op};
+use crate::phys::CodePage;
+use crate::state::SLOT_BLOCK_IP;
+use crate::trap::{Exec, Fault};
+
+/// Longest x86 instruction.
+const MAX_LENGTH: usize = 15;
+/// Bytes marked and read at a time.
+const GRAIN: usize = 64;
+
+/// Ops of a block being decoded.
+struct Builder {
+    ops: [Op; MAX_BLOCK],
+    count: usize,
+}
+
+impl Cpu {
+    /// Decodes the block at linear address `linear`, whose first byte is at `physical`.
+    pub(crate) fn decode_block(&mut self, linear: u64, physical: u64) -> Exec<Block> {
+        self.blocks.make_room();
+        let memory = std::sync::Arc::clone(&self.memory);
+        let Some((_, code)) = memory.page(physical) else {
+            // Fetching from outside RAM: all ones come back, which is no instruction.
+            return Err(self.raise(Fault::ud()));
+        };
+        // Another vCPU may write to the page while we read it: then decode again.
+        loop {
+            let version = self.mark_and_version(code, physical, 1);
+            let mut block = Block::new(key(physical, self.code_bits), code, version);
+            let mut builder = Builder { ops: [Op::new(undefined); MAX_BLOCK], count: 0 };
+            let complete = self.decode_within_page(&mut block, &mut builder, physical, code, version);
+            if !complete {
+                continue;
+            }
+            if builder.count == 0 {
+                return self.decode_crossing(block, linear, physical);
+            }
+            return Ok(self.blocks.insert(block, &builder.ops[..builder.count]));
+        }
+    }
+
+    fn mark_and_version(&mut self, code: &CodePage, physical: u64, len: usize) -> u32 {
+        let memory = std::sync::Arc::clone(&self.memory);
+        let peer = std::sync::Arc::clone(&self.peer);
+        let tlb = &mut self.tlb;
+        memory.mark_code(&peer, code, physical & 4095, len as u64, &mut || tlb.forget_writes())
+    }
+
+    /// Decodes instructions that lie wholly in the page; false if the page changed meanwhile.
+    fn decode_within_page(
+        &mut self,
+        block: &mut Block,
+        builder: &mut Builder,
+        physical: u64,
+        code: &CodePage,
+        version: u32,
+    ) -> bool {
+        let page_left = 4096 - (physical & 4095) as usize;
+        let mut bytes = [0u8; 4096];
+        let (mut have, mut at) = (0, 0);
+        while builder.count < MAX_BLOCK && at < page_left {
+            let want = (at + MAX_LENGTH).min(page_left);
+            while have < want {
+                let start = physical + have as u64;
+                let step = (GRAIN - (start as usize & (GRAIN - 1))).min(page_left - have);
+                if self.mark_and_version(code, start, step) != version {
+                    return false;
+                }
+                self.memory.read(start, &mut bytes[have..have + step]);
+                have += step;
+            }
+            let end = (at + MAX_LENGTH).min(page_left);
+            let mut decoder =
+                Decoder::with_ip(self.code_bits, &bytes[at..end], at as u64, DecoderOptions::NONE);
+            let insn = decoder.decode();
+            if insn.is_invalid()
+                && end - at < MAX_LENGTH
+                && decoder.last_error() == iced_x86::DecoderError::NoMoreBytes
+            {
+                // It goes on in the next page: a block of its own.
+                break;
+            }
+            let too_long = insn.is_invalid() && decoder.last_error() == iced_x86::DecoderError::NoMoreBytes;
+            if starts_block(&insn) && builder.count > 0 {
+                break;
+            }
+            let (op, ends) = self.lower(&insn, too_long);
+            builder.ops[builder.count] = op;
+            builder.count += 1;
+            at += insn.len().max(1);
+            if ends {
+                break;
+            }
+        }
+        block.count = builder.count as u16;
+        block.len = at as u16;
+        true
+    }
+
+    /// A single instruction that crosses into the next page. Its second page's fetch may fault.
+    fn decode_crossing(&mut self, mut block: Block, linear: u64, physical: u64) -> Exec<Block> {
+        let memory = std::sync::Arc::clone(&self.memory);
+        let first_len = 4096 - (physical & 4095) as usize;
+        let next_page = self.wrap(linear.wrapping_add(first_len as u64));
+        let second = self.fetch_physical(next_page)?;
+        let Some((_, second_code)) = memory.page(second) else { return Err(self.raise(Fault::ud())) };
+        loop {
+            let mut bytes = [0u8; MAX_LENGTH];
+            let first_len = first_len.min(MAX_LENGTH);
+            let second_version = self.mark_and_version(second_code, second, MAX_LENGTH - first_len);
+            memory.read(physical, &mut bytes[..first_len]);
+            memory.read(second, &mut bytes[first_len..]);
+            let mut decoder = Decoder::with_ip(self.code_bits, &bytes, 0, DecoderOptions::NONE);
+            let insn = decoder.decode();
+            let too_long = insn.is_invalid() && decoder.last_error() == iced_x86::DecoderError::NoMoreBytes;
+            if self.mark_and_version(second_code, second, MAX_LENGTH - first_len) != second_version {
+                continue;
+            }
+            let (op, _) = self.lower(&insn, too_long);
+            block.set_second(second, second_code, second_version);
+            block.count = 1;
+            block.len = insn.len().max(1) as u16;
+            return Ok(self.blocks.insert(block, &[op]));
+        }
+    }
+
+    /// The op for one instruction, and whether it ends its block.
+    pub(crate) fn lower(&mut self, insn: &Instruction, too_long: bool) -> (Op, bool) {
+        let mut op = Op::new(undefined);
+        op.at = insn.ip() as u16;
+        op.next = insn.next_ip() as u16;
+        if insn.is_invalid() {
+            if too_long {
+                op.handler = general_protection;
+            }
+            return (op, true);
+        }
+        if !self.model.allows(insn) {
+            return (op, true);
+        }
+        memory_operand(insn, &mut op);
+        let flat = self.code_bits == 64 && op.address_bits == 64;
+        let hot = interp::arith::lower(insn, &mut op, flat)
+            .or_else(|| interp::mov::lower(insn, &mut op, flat))
+            .or_else(|| interp::branch::lower(insn, &mut op))
+            .or_else(|| interp::shift::lower(insn, &mut op, flat))
+            .or_else(|| interp::bits::lower(insn, &mut op))
+            .or_else(|| interp::muldiv::lower(insn, &mut op))
+            .or_else(|| interp::stack::lower(insn, &mut op))
+            .or_else(|| interp::string::lower(insn, &mut op))
+            .or_else(|| interp::vector::lower(insn, &mut op, flat));
+        if let Some(handler) = hot {
+            op.handler = handler;
+            return (op, ends_block(insn));
+        }
+        let Some((handler, data, ends)) = interp::lower_cold(insn) else {
+            log::debug!("no handler for {insn} ({:?})", insn.code());
+            return (op, true);
+        };
+        op.handler = cold;
+        op.imm = self.blocks.add_cold(Cold { insn: *insn, handler, data });
+        (op, ends)
+    }
+}
+
+/// Fills in the memory operand's parts.
+fn memory_operand(insn: &Instruction, op: &mut Op) {
+    if !(0..insn.op_count()).any(|i| insn.op_kind(i) == OpKind::Memory) {
+        return;
+    }
+    op.seg = segment_of(insn.memory_segment()) as u8;
+    op.address_bits = address_bits(insn) as u8;
+    if insn.is_ip_rel_memory_operand() {
+        // iced added the instruction's address, which is its offset in the block.
+        op.base = SLOT_BLOCK_IP;
+        op.disp = insn.memory_displacement64() as i32;
+        return;
+    }
+    op.disp = insn.memory_displacement64() as i32;
+    if let Some((base, _)) = offset_of(insn.memory_base()) {
+        op.base = base;
+    }
+    if let Some((index, _)) = offset_of(insn.memory_index()) {
+        op.index = index;
+        op.scale = insn.memory_index_scale().trailing_zeros() as u8;
+    }
+}
+
+/// A near branch, or anything else after which the next instruction is not simply the following one.
+fn ends_block(insn: &Instruction) -> bool {
+    insn.flow_control() != FlowControl::Next
+}
+
+/// Instructions that look at the clock or at devices: alone in a block, so that the instruction count is exact.
+fn starts_block(insn: &Instruction) -> bool {
+    use iced_x86::Mnemonic::*;
+    matches!(
+        insn.mnemonic(),
+        Rdtsc | Rdtscp | Rdmsr | Wrmsr | In | Out | Insb | Insw | Insd | Outsb | Outsw | Outsd
+    )
+}
+
+fn cold(cpu: &mut Cpu, op: &Op) -> Exec {
+    let part = cpu.blocks.cold(op.imm);
+    // SAFETY: the index was handed out by `add_cold` for this op; cold parts are dropped only together with all ops
+    // and only between blocks.
+    let part = unsafe { &*part };
+    (part.handler)(cpu, part)
+}
+
+fn undefined(cpu: &mut Cpu, _: &Op) -> Exec {
+    Err(cpu.raise(Fault::ud()))
+}
+
+fn general_protection(cpu: &mut Cpu, _: &Op) -> Exec {
+    Err(cpu.raise(Fault::with_code(vector::GP, 0)))
+}
+
+/// A cold handler, its data, and whether it ends its block.
+pub(crate) type ColdLowering = (ColdHandler, u64, bool);

@@ -1,12 +1,375 @@
-//! placeholder
+//! The run loop: looks up at interrupts, traps and the owner's wishes where the architecture has them, and executes
+//! blocks in between.
+//!
+//! `instructions` counts completed instructions exactly: at any return and at the start of every block.
+
+use std::sync::atomic::Ordering;
+
+use x86defs::{dr, rflags, vector};
+
+use crate::attention::Attention;
+use crate::block::{Block, MAX_BLOCK, key};
+use crate::op::Op;
+use crate::state::{Activity, Event, EventKind, SLOT_BLOCK_IP, Seg, Shadow};
+use crate::trap::{Exec, Fault, Trap};
 use crate::{Cpu, Exit};
+
+/// What the run loop does next.
+enum Next {
+    /// Whole blocks until something asks to look up.
+    Blocks,
+    /// One instruction, then look up again.
+    One,
+    Leave(Exit),
+}
+
 impl Cpu {
-    /// Runs for at most `budget` instructions.
-    pub fn run(&mut self, _budget: u64) -> Exit {
-        Exit::Budget
+    /// Executes for at most `budget` instructions, or until the owner must look.
+    pub fn run(&mut self, budget: u64) -> Exit {
+        let limit = self.state.instructions.saturating_add(budget);
+        self.peer.inside.store(true, Ordering::SeqCst);
+        self.attend();
+        let exit = self.run_until(limit);
+        self.peer.inside.store(false, Ordering::SeqCst);
+        exit
     }
-    /// Executes one instruction (and delivers what is due before it).
+
+    /// Executes one instruction, and delivers what is due before it.
     pub fn step(&mut self) -> Exit {
         self.run(1)
+    }
+
+    fn run_until(&mut self, limit: u64) -> Exit {
+        loop {
+            if self.look_up || self.attention.get() != 0 {
+                match self.look_up(limit) {
+                    Next::Blocks => {}
+                    Next::One => {
+                        if let Some(exit) = self.one_instruction() {
+                            return exit;
+                        }
+                        continue;
+                    }
+                    Next::Leave(exit) => return exit,
+                }
+            }
+            let block = match self.find_block() {
+                Ok(block) => block,
+                Err(trap) => {
+                    if let Some(exit) = self.take_trap(trap) {
+                        return exit;
+                    }
+                    continue;
+                }
+            };
+            if self.state.instructions + u64::from(block.count) > limit {
+                if self.state.instructions >= limit {
+                    return Exit::Budget;
+                }
+                if let Some(exit) = self.one_instruction() {
+                    return exit;
+                }
+                continue;
+            }
+            if let Err(trap) = self.execute(&block, block.count as usize) {
+                if let Some(exit) = self.take_trap(trap) {
+                    return exit;
+                }
+            }
+        }
+    }
+
+    /// Everything that happens between instructions, in the order of "Priority Among Concurrent Events".
+    fn look_up(&mut self, limit: u64) -> Next {
+        let attention = self.attention.get();
+        if attention & Attention::FORGET_WRITES != 0 {
+            self.tlb.forget_writes();
+            self.attention.clear(Attention::FORGET_WRITES);
+        }
+        if attention & (Attention::CANCEL | Attention::INIT | Attention::SIPI) != 0 {
+            return Next::Leave(Exit::Attention);
+        }
+        if self.state.activity != Activity::Active && !self.wake(attention) {
+            return Next::Leave(match self.state.activity {
+                Activity::Shutdown => Exit::Shutdown,
+                _ => Exit::Halted,
+            });
+        }
+        if self.state.instructions >= limit {
+            return Next::Leave(Exit::Budget);
+        }
+        if let Some(exit) = self.deliver_due(attention) {
+            return Next::Leave(exit);
+        }
+        let flags = rflags::TF | rflags::RF;
+        let code_breakpoints = self.state.dr7 & dr::DR7_ENABLES != 0 && self.has_code_breakpoints();
+        let careful = self.state.system_flag(flags) || self.state.shadow != Shadow::None || code_breakpoints;
+        self.look_up = careful;
+        if careful { Next::One } else { Next::Blocks }
+    }
+
+    /// Leaves HLT if something is there to do.
+    fn wake(&mut self, attention: u32) -> bool {
+        let interrupt = attention & Attention::INTERRUPT != 0 && self.state.system_flag(rflags::IF);
+        let nmi = attention & Attention::NMI != 0 && !self.state.nmi_blocked;
+        let debug = self.state.pending_debug != 0;
+        if self.state.activity == Activity::Halted
+            && (interrupt || nmi || debug || self.state.injected.is_some())
+        {
+            self.state.activity = Activity::Active;
+            return true;
+        }
+        false
+    }
+
+    /// Delivers one event if one is due.
+    fn deliver_due(&mut self, attention: u32) -> Option<Exit> {
+        let shadow = self.state.shadow;
+        let event = if let Some(event) = self.state.injected.take() {
+            event
+        } else if self.state.pending_debug != 0 && shadow != Shadow::MovSs {
+            return self.deliver_debug_trap();
+        } else if attention & Attention::NMI != 0 && !self.state.nmi_blocked && shadow == Shadow::None {
+            self.attention.clear(Attention::NMI);
+            Event { vector: vector::NMI, kind: EventKind::Nmi, error_code: None, instruction_length: 0 }
+        } else if self.state.system_flag(rflags::IF) && shadow == Shadow::None {
+            if self.want_interrupt_window {
+                return Some(Exit::InterruptWindow);
+            }
+            if attention & Attention::INTERRUPT == 0 {
+                return None;
+            }
+            let vector = self.bus.acknowledge_interrupt()?;
+            Event { vector, kind: EventKind::ExternalInterrupt, error_code: None, instruction_length: 0 }
+        } else {
+            return None;
+        };
+        self.state.shadow = Shadow::None;
+        self.attend();
+        match self.deliver(event) {
+            Ok(()) => None,
+            Err(trap) => self.take_trap(trap),
+        }
+    }
+
+    /// Traps after the instruction before: single-step, data and I/O breakpoints, task switch.
+    fn deliver_debug_trap(&mut self) -> Option<Exit> {
+        let hits = std::mem::take(&mut self.state.pending_debug);
+        self.state.dr6 = self.state.dr6 & !0xf | hits;
+        self.fault = Fault::plain(vector::DB);
+        self.finish_fault()
+    }
+
+    fn finish_fault(&mut self) -> Option<Exit> {
+        self.attend();
+        self.state.shadow = Shadow::None;
+        if self.deliver_fault() {
+            return None;
+        }
+        self.state.activity = Activity::Shutdown;
+        Some(Exit::Shutdown)
+    }
+
+    /// Acts on an instruction that did not complete; RIP is at it.
+    fn take_trap(&mut self, trap: Trap) -> Option<Exit> {
+        match trap {
+            Trap::Fault => self.finish_fault(),
+            Trap::Again => {
+                self.attend();
+                None
+            }
+            Trap::Exit => Some(self.exit),
+        }
+    }
+
+    /// True when repeated string instructions must stop after each element.
+    pub(crate) fn single_stepping(&self) -> bool {
+        self.state.system_flag(rflags::TF)
+    }
+
+    fn has_code_breakpoints(&self) -> bool {
+        (0..4).any(|i| self.state.dr7 & 3 << (2 * i) != 0 && self.breakpoint(i).0 == 0)
+    }
+
+    /// Executes one instruction with everything that needs looking at per instruction: TF, RF, shadows,
+    /// instruction breakpoints.
+    fn one_instruction(&mut self) -> Option<Exit> {
+        self.attend();
+        if self.hits_code_breakpoint() {
+            return self.finish_fault();
+        }
+        let trap_flag = self.state.system_flag(rflags::TF);
+        let block = match self.find_block() {
+            Ok(block) => block,
+            Err(trap) => return self.take_trap(trap),
+        };
+        let shadow = std::mem::replace(&mut self.state.shadow, Shadow::None);
+        let had_rf = self.state.system_flag(rflags::RF);
+        self.state.rflags_system &= !rflags::RF;
+        let result = self.execute(&block, 1);
+        match result {
+            Ok(()) => {
+                if trap_flag {
+                    self.state.pending_debug |= dr::DR6_BS;
+                }
+                None
+            }
+            Err(Trap::Again) => {
+                if trap_flag {
+                    self.state.pending_debug |= dr::DR6_BS;
+                }
+                if had_rf {
+                    self.state.rflags_system |= rflags::RF;
+                }
+                self.take_trap(Trap::Again)
+            }
+            Err(trap) => {
+                if had_rf {
+                    self.state.rflags_system |= rflags::RF;
+                }
+                self.state.shadow = shadow;
+                self.take_trap(trap)
+            }
+        }
+    }
+
+    /// Instruction breakpoints are faults, before the instruction, unless RF is set.
+    fn hits_code_breakpoint(&mut self) -> bool {
+        if self.state.dr7 & dr::DR7_ENABLES == 0
+            || self.state.system_flag(rflags::RF)
+            || self.state.shadow == Shadow::MovSs
+        {
+            return false;
+        }
+        let linear = self.wrap(self.linear_base[Seg::Cs as usize].wrapping_add(self.state.rip));
+        let mut hits = 0;
+        for i in 0..4 {
+            let enabled = self.state.dr7 & 3 << (2 * i) != 0;
+            if enabled && self.breakpoint(i).0 == 0 && self.state.dr[i] == linear {
+                hits |= 1 << i;
+            }
+        }
+        if hits != 0 {
+            self.state.dr6 = self.state.dr6 & !0xf | hits;
+            self.fault = Fault::plain(vector::DB);
+        }
+        hits != 0
+    }
+
+    /// The block at RIP, decoded if need be; raises fetch faults.
+    #[inline(always)]
+    fn find_block(&mut self) -> Exec<Block> {
+        let rip = self.state.rip;
+        let linear = self.linear_base[Seg::Cs as usize].wrapping_add(rip);
+        let user = self.state.cpl == 3;
+        if self.code_bits == 64 {
+            let entry = self.tlb.fetch(user, linear);
+            if entry.page == linear & !4095 {
+                if let Some(block) = self.blocks.find(key(entry.physical | linear & 4095, 64)) {
+                    if !block.crosses() {
+                        return Ok(block);
+                    }
+                }
+            }
+        }
+        self.find_block_slow(rip, linear)
+    }
+
+    #[inline(never)]
+    fn find_block_slow(&mut self, rip: u64, linear: u64) -> Exec<Block> {
+        if self.code_bits == 64 {
+            if !self.is_canonical(linear) {
+                return Err(self.raise(Fault::gp(0)));
+            }
+        } else if rip > u64::from(self.state.seg(Seg::Cs).limit) {
+            return Err(self.raise(Fault::gp(0)));
+        }
+        let linear = self.wrap(linear);
+        let physical = self.fetch_physical(linear)?;
+        let found = match self.blocks.find(key(physical, self.code_bits)) {
+            Some(block) if !block.crosses() => Some(block),
+            Some(block) => {
+                let next_page = self.wrap((linear | 4095).wrapping_add(1));
+                let second = self.fetch_physical(next_page)?;
+                (second == block.second_physical && block.second_is_fresh()).then_some(block)
+            }
+            None => None,
+        };
+        let block = match found {
+            Some(block) => block,
+            None => self.decode_block(linear, physical)?,
+        };
+        self.clip_to_segment(rip, block)
+    }
+
+    /// Outside 64-bit mode a block may reach past the code segment's limit: only what lies before it is executed;
+    /// an instruction that itself crosses the limit faults.
+    fn clip_to_segment(&mut self, rip: u64, mut block: Block) -> Exec<Block> {
+        if self.code_bits == 64 {
+            return Ok(block);
+        }
+        let limit = u64::from(self.state.seg(Seg::Cs).limit);
+        while rip + u64::from(block.len) - 1 > limit {
+            if block.count == 1 {
+                return Err(self.raise(Fault::gp(0)));
+            }
+            block.count -= 1;
+            // SAFETY: the op past the shortened block is one of the block's own ops in the arena.
+            block.len =
+                unsafe { (*self.blocks.ops().add((block.first + u32::from(block.count)) as usize)).at };
+        }
+        Ok(block)
+    }
+
+    /// Executes the first `most` instructions of a block. On return RIP is at the next instruction, or at the one
+    /// that trapped, and completed instructions are counted.
+    #[inline(always)]
+    fn execute(&mut self, block: &Block, most: usize) -> Exec {
+        debug_assert!(most <= MAX_BLOCK);
+        let base = self.state.rip;
+        self.state.gpr.raw[(SLOT_BLOCK_IP / 8) as usize] = base;
+        self.state.rip = self.wrap_ip(base.wrapping_add(u64::from(block.len)));
+        let ops = self.blocks.ops();
+        let first = block.first as usize;
+        let end = first + most;
+        self.block_end = end;
+        let mut i = first;
+        loop {
+            // SAFETY: `i` is within the block's ops in the arena, which is emptied only between blocks and never
+            // freed while the CPU lives; handlers get a shared reference to an op that nobody writes.
+            let op: &Op = unsafe { &*ops.add(i) };
+            if let Err(trap) = (op.handler)(self, op) {
+                self.state.rip = self.wrap_ip(base.wrapping_add(u64::from(op.at)));
+                self.state.instructions += (i - first) as u64;
+                if self.fault_is_on_stack(trap, op) {
+                    self.fault.vector = vector::SS;
+                }
+                return Err(trap);
+            }
+            i += 1;
+            if i >= self.block_end {
+                break;
+            }
+        }
+        self.state.instructions += (i - first) as u64;
+        if i != first + block.count as usize {
+            // SAFETY: the op before `i` was just executed.
+            let next = unsafe { (*ops.add(i - 1)).next };
+            self.state.rip = self.wrap_ip(base.wrapping_add(u64::from(next)));
+        }
+        Ok(())
+    }
+
+    /// A non-canonical address relative to SS is #SS(0); the memory path, which does not know the segment, has
+    /// raised #GP(0).
+    #[cold]
+    fn fault_is_on_stack(&mut self, trap: Trap, op: &Op) -> bool {
+        let non_canonical = std::mem::take(&mut self.non_canonical);
+        trap == Trap::Fault && non_canonical && self.fault.vector == vector::GP && op.seg == Seg::Ss as u8
+    }
+
+    /// Forgets all decoded code: guest memory may have been changed behind our back (by another engine).
+    pub fn forget_code(&mut self) {
+        self.blocks.clear();
     }
 }

@@ -22,6 +22,7 @@ pub mod op;
 pub mod phys;
 pub mod state;
 pub mod trap;
+mod tunables;
 
 use std::sync::Arc;
 
@@ -76,8 +77,8 @@ pub struct Cpu {
     pub(crate) block_end: usize,
     /// The run loop must look at interrupts, traps and the like before the next block.
     pub(crate) look_up: bool,
-    /// The access under way is relative to SS: non-canonical addresses are #SS.
-    pub(crate) stack_access: bool,
+    /// The last #GP was raised for a non-canonical address.
+    pub(crate) non_canonical: bool,
     /// Return [`Exit::InterruptWindow`] as soon as interrupts can be taken.
     pub want_interrupt_window: bool,
     /// CPU number, for CPUID's APIC ID.
@@ -116,7 +117,7 @@ impl Cpu {
             linear_base: [0; 8],
             block_end: 0,
             look_up: true,
-            stack_access: false,
+            non_canonical: false,
             want_interrupt_window: false,
             apic_id,
         };
@@ -124,8 +125,9 @@ impl Cpu {
         cpu
     }
 
-    /// The owner.
+    /// The owner, told how far we are.
     pub fn bus(&mut self) -> &mut dyn Bus {
+        self.bus.at(self.state.instructions);
         &mut *self.bus
     }
 
@@ -144,6 +146,19 @@ impl Cpu {
         self.tlb.flush_all();
         self.refresh_space();
         self.attend();
+    }
+
+    /// Reads guest memory at a linear address without any effect on the guest; returns how many bytes are mapped.
+    pub fn peek(&self, linear: u64, data: &mut [u8]) -> usize {
+        let mut done = 0;
+        while done < data.len() {
+            let at = self.wrap(linear.wrapping_add(done as u64));
+            let Some(physical) = mmu::walk::peek(&self.state, &self.memory, at) else { break };
+            let step = (data.len() - done).min(4096 - (at & 4095) as usize);
+            self.memory.read(physical, &mut data[done..done + step]);
+            done += step;
+        }
+        done
     }
 
     /// Makes the run loop look at interrupts, traps and shadows before the next instruction block.

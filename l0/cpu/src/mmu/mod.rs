@@ -76,6 +76,13 @@ impl Cpu {
             .then(|| entry.addend.wrapping_add(linear) as *mut u8)
     }
 
+    /// Host pointer to `linear` if the current privilege may read its page through the fast path.
+    #[inline(always)]
+    pub(crate) fn fast_read_pointer(&self, linear: u64) -> Option<*mut u8> {
+        let entry = self.data_entry(linear);
+        (entry.read == linear & !4095).then(|| entry.addend.wrapping_add(linear) as *mut u8)
+    }
+
     #[inline(always)]
     fn data_entry(&self, linear: u64) -> DataEntry {
         // SAFETY: `data_table` always points to the current table of `self.tlb` (see `refresh_mode`), which lives
@@ -303,8 +310,8 @@ impl Cpu {
         }
     }
 
-    /// Canonical-address check of a data access in 64-bit mode. (SS-relative accesses are checked by
-    /// [`Cpu::stack_address`], which raises #SS instead.)
+    /// Canonical-address check of a data access in 64-bit mode. (The run loop makes #SS of it where the operand was
+    /// relative to SS.)
     fn check_address(&mut self, linear: u64, size: usize) -> Exec {
         if !self.state.long_mode() {
             return Ok(());
@@ -313,8 +320,8 @@ impl Cpu {
         if self.is_canonical(linear) && self.is_canonical(last) {
             return Ok(());
         }
-        let vector = if self.stack_access { vector::SS } else { vector::GP };
-        Err(self.raise(Fault::with_code(vector, 0)))
+        self.non_canonical = true;
+        Err(self.raise(Fault::with_code(vector::GP, 0)))
     }
 
     /// True for a canonical address under the present paging mode.

@@ -120,3 +120,24 @@ macro_rules! instructions {
     }};
 }
 pub(crate) use instructions;
+
+/// Executable memory for instructions made up by a test.
+pub(crate) struct Code(super::CodeMemory);
+
+impl Code {
+    pub(crate) fn new() -> Self {
+        Self(super::CodeMemory::new(16 << 20).unwrap())
+    }
+
+    /// The instruction and RET, as a function to execute.
+    pub(crate) fn put(&mut self, insn: &iced_x86::Instruction) -> &'static [u8] {
+        let mut encoder = iced_x86::Encoder::new(64);
+        encoder.encode(insn, 0).unwrap();
+        let mut code = encoder.take_buffer();
+        code.push(0xc3);
+        code.resize(32, 0x90);
+        let at = self.0.append(&code).unwrap();
+        // SAFETY: the bytes just appended stay where they are for good.
+        unsafe { std::slice::from_raw_parts(at, code.len()) }
+    }
+}

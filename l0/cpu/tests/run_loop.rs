@@ -1,0 +1,102 @@
+//! The run loop on small programs in real mode: results, instruction counts, budgets, self-modifying code.
+
+use std::sync::Arc;
+
+use iced_x86::code_asm::*;
+use turtles_cpu::attention::Attention;
+use turtles_cpu::bus::{Bus, MsrRefused};
+use turtles_cpu::cpuid::CpuModel;
+use turtles_cpu::phys::{PhysMemory, RamRange};
+use turtles_cpu::state::{CpuState, Seg, Segment, reg};
+use turtles_cpu::{Cpu, Exit};
+
+struct Nothing;
+
+impl Bus for Nothing {
+    fn mmio_read(&mut self, _: u64, data: &mut [u8]) {
+        data.fill(0xff);
+    }
+    fn mmio_write(&mut self, _: u64, _: &[u8]) {}
+    fn port_read(&mut self, _: u16, data: &mut [u8]) {
+        data.fill(0xff);
+    }
+    fn port_write(&mut self, _: u16, _: &[u8]) {}
+    fn read_msr(&mut self, _: u32) -> Result<u64, MsrRefused> {
+        Err(MsrRefused)
+    }
+    fn write_msr(&mut self, _: u32, _: u64) -> Result<(), MsrRefused> {
+        Err(MsrRefused)
+    }
+    fn cr8(&mut self) -> u8 {
+        0
+    }
+    fn set_cr8(&mut self, _: u8) {}
+    fn acknowledge_interrupt(&mut self) -> Option<u8> {
+        None
+    }
+    fn tsc(&mut self, instructions: u64) -> u64 {
+        instructions
+    }
+}
+
+/// A CPU in real mode at 0:0x1000, where `code` is.
+fn real_mode(code: CodeAssembler) -> Cpu {
+    let mut code = code;
+    let bytes = code.assemble(0x1000).expect("assembles");
+    let ram = Box::leak(vec![0u64; 1 << 17].into_boxed_slice());
+    let host = ram.as_mut_ptr().cast::<u8>();
+    let host = host.wrapping_add(host.align_offset(4096));
+    let range = RamRange { start: 0, len: (1 << 20) - 4096, host };
+    // SAFETY: the memory is leaked, so it stays; only the CPU under test uses it.
+    let memory = unsafe { PhysMemory::new(vec![range], Box::new(())) };
+    memory.write(0x1000, &bytes);
+    let model = Arc::new(CpuModel::default());
+    let mut cpu = Cpu::new(Arc::new(memory), Box::new(Nothing), model, Arc::new(Attention::default()), 0);
+    cpu.state = CpuState::reset();
+    *cpu.state.seg_mut(Seg::Cs) = Segment { access: 0x9b, ..Segment::real(0) };
+    cpu.state.rip = 0x1000;
+    cpu.state_changed();
+    cpu
+}
+
+#[test]
+fn a_loop_counts_its_instructions_and_stops_at_its_budget() {
+    let mut a = CodeAssembler::new(16).unwrap();
+    let mut top = a.create_label();
+    a.mov(eax, 0).unwrap();
+    a.mov(ecx, 1000).unwrap();
+    a.set_label(&mut top).unwrap();
+    a.add(eax, ecx).unwrap();
+    a.dec(ecx).unwrap();
+    a.jnz(top).unwrap();
+    let mut end = a.create_label();
+    a.set_label(&mut end).unwrap();
+    a.jmp(end).unwrap();
+    let mut cpu = real_mode(a);
+    assert_eq!(cpu.run(2 + 3 * 1000), Exit::Budget);
+    assert_eq!(cpu.state.instructions, 3002);
+    assert_eq!(cpu.state.gpr.get(reg::RAX), 500_500);
+    assert_eq!(cpu.state.gpr.get(reg::RCX), 0);
+    assert_eq!(cpu.run(7), Exit::Budget);
+    assert_eq!(cpu.state.instructions, 3009);
+}
+
+#[test]
+fn a_store_into_the_running_block_takes_effect_at_once() {
+    let mut a = CodeAssembler::new(16).unwrap();
+    let mut patched = a.create_label();
+    let mut end = a.create_label();
+    // The immediate of MOV BL is overwritten by the instruction just before it.
+    a.mov(byte_ptr(0x100a), 0x55).unwrap();
+    a.nop().unwrap();
+    a.nop().unwrap();
+    a.nop().unwrap();
+    a.nop().unwrap();
+    a.set_label(&mut patched).unwrap();
+    a.mov(bl, 0x11).unwrap();
+    a.set_label(&mut end).unwrap();
+    a.jmp(end).unwrap();
+    let mut cpu = real_mode(a);
+    assert_eq!(cpu.run(20), Exit::Budget);
+    assert_eq!(cpu.state.gpr.get(reg::RBX) & 0xff, 0x55);
+}
