@@ -7,6 +7,9 @@
 //! An instruction first finds out whether all of its writes would succeed, then writes; it reads and checks a whole
 //! image before it changes any register.
 
+#[cfg(test)]
+mod tests;
+
 use iced_x86::{Instruction, Mnemonic};
 use x86defs::{cr0, cr4, vector, xcr0};
 
@@ -46,11 +49,6 @@ pub(crate) fn lower(insn: &Instruction) -> Option<(ColdHandler, u64)> {
         _ => return None,
     };
     Some((handler, 0))
-}
-
-/// Never: what is loaded here does not change how code is decoded.
-pub(crate) fn ends_block(_insn: &Instruction) -> bool {
-    false
 }
 
 /// The state components that are not in their initial configuration, as XGETBV with ECX = 1 shows them (before they

@@ -107,10 +107,7 @@ fn run_load<A: Addressing>(cpu: &mut Cpu, op: &Op) -> Exec {
     cpu.check_vector(thunk.plan.class)?;
     let linear = A::linear(cpu, op, thunk.plan.size, false)?;
     cpu.check_operand_alignment(&thunk.plan, linear)?;
-    let mut frame = Frame::new();
-    cpu.load_vector(linear, thunk.plan.size, &mut frame.operand)?;
-    thunk.run(&mut cpu.state.vector, &mut frame);
-    Ok(())
+    cpu.run_load(thunk, linear)
 }
 
 fn run_kept<A: Addressing>(cpu: &mut Cpu, op: &Op) -> Exec {

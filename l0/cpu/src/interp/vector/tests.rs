@@ -5,7 +5,8 @@ use x86defs::{cr0, cr4, vector, xcr0};
 
 use crate::Cpu;
 use crate::interp::host_compare::{
-    OPERAND, Random, compare, compare_one, compare_random, cpu, decode, raised, randomise, read, unmap,
+    MEMORY, OPERAND, Random, compare, compare_one, compare_random, cpu, decode, raised, randomise, read,
+    unmap,
 };
 use crate::native::FeatureSet;
 use crate::native::oracle::{Machine, available, instructions};
@@ -14,7 +15,7 @@ use crate::state::reg;
 
 #[test]
 fn random_encodings_match_the_host() {
-    compare_random(0x5eed, 60_000);
+    compare_random(0x5eed, 200_000);
 }
 
 #[test]
@@ -489,7 +490,7 @@ fn page_faults_change_nothing() {
         let mut cpu = cpu();
         unmap(&mut cpu, 0x5000);
         let mut random = Random(99);
-        randomise(&mut cpu, &mut Machine::new(), &mut [0; 64], &mut random);
+        randomise(&mut cpu, &mut Machine::new(), &mut [0; MEMORY], &mut random);
         cpu.state.gpr.set(8, 0x5000 - 4);
         if text.starts_with("addpd") {
             cpu.state.gpr.set(8, 0x5000 - 8);
@@ -601,7 +602,7 @@ fn gathers_match_the_host_and_restart_after_faults() {
     for (text, code) in table {
         let insn = decode(code);
         for round in 0..50 {
-            let mut memory = [0; 64];
+            let mut memory = [0; MEMORY];
             randomise(&mut cpu, &mut machine, &mut memory, &mut random);
             let size = if text.contains("gatherd") { 4 } else { 8 };
             for chunk in cpu.state.vector.ymm[2].chunks_exact_mut(size) {

@@ -61,11 +61,6 @@ pub(crate) fn lower(insn: &Instruction) -> Option<(ColdHandler, u64)> {
     Some((control, 0))
 }
 
-/// Never: x87 instructions change nothing that decoding depends on.
-pub(crate) fn ends_block(_insn: &Instruction) -> bool {
-    false
-}
-
 fn thunked(insn: &Instruction) -> Option<(ColdHandler, u64)> {
     match prepare(insn)? {
         Handle::Kept(thunk) if thunk.plan.class == Class::X87 => Some((run_kept, thunk.data())),
