@@ -18,6 +18,7 @@ mod exec;
 mod interp;
 pub mod mmu;
 pub mod native;
+mod offered;
 pub mod op;
 pub mod phys;
 pub mod state;
@@ -77,6 +78,8 @@ pub struct Cpu {
     pub(crate) block_end: usize,
     /// The run loop must look at interrupts, traps and the like before the next block.
     pub(crate) look_up: bool,
+    /// The instruction under way started with RFLAGS.TF set and traps when it is complete.
+    pub(crate) single_step: bool,
     /// The last #GP was raised for a non-canonical address.
     pub(crate) non_canonical: bool,
     /// Return [`Exit::InterruptWindow`] as soon as interrupts can be taken.
@@ -117,6 +120,7 @@ impl Cpu {
             linear_base: [0; 8],
             block_end: 0,
             look_up: true,
+            single_step: false,
             non_canonical: false,
             want_interrupt_window: false,
             apic_id,
