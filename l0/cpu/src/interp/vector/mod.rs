@@ -218,7 +218,7 @@ impl Cpu {
             16 => self.load::<Xmm>(linear)?.put(to.first_chunk_mut().unwrap_or(&mut [0; 16])),
             32 => self.load_32(linear, to.first_chunk_mut().unwrap_or(&mut [0; 32]))?,
             8 => to[..8].copy_from_slice(&self.load::<u64>(linear)?.to_le_bytes()),
-            4 => to[..4].copy_from_slice(&self.load::<u32>(linear)?.to_le_bytes()),
+            1 | 2 | 4 => to[..8].copy_from_slice(&self.load_sized(linear, size)?.to_le_bytes()),
             _ => {
                 let size = size.min(to.len());
                 self.read_bytes(linear, &mut to[..size])?;
@@ -233,6 +233,10 @@ impl Cpu {
         match size {
             16 => self.store(linear, Xmm::new(from.first_chunk().unwrap_or(&[0; 16]))),
             32 => self.store_32(linear, from.first_chunk().unwrap_or(&[0; 32])),
+            1 | 2 | 4 | 8 => {
+                let value = u64::from_le_bytes(*from.first_chunk().unwrap_or(&[0; 8]));
+                self.store_sized(linear, size, value)
+            }
             _ => self.write_bytes(linear, &from[..size.min(from.len())]),
         }
     }

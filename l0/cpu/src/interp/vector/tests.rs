@@ -1,7 +1,8 @@
 //! Every class of vector instruction against the host: the same instruction, executed natively with other
 //! registers and memory around it.
 
-use x86defs::{cr0, cr4, vector, xcr0};
+use iced_x86::{Decoder, DecoderOptions};
+use x86defs::{cr0, cr4, segment, vector, xcr0};
 
 use crate::Cpu;
 use crate::interp::host_compare::{
@@ -11,7 +12,7 @@ use crate::interp::host_compare::{
 use crate::native::FeatureSet;
 use crate::native::oracle::{Machine, available, instructions};
 use crate::op::Cold;
-use crate::state::reg;
+use crate::state::{Seg, Segment, reg};
 
 #[test]
 fn random_encodings_match_the_host() {
@@ -692,4 +693,28 @@ fn temporary_thunks_do_the_same() {
     }
     assert_eq!(cpu.state.vector.ymm[1], [[7; 16], [4; 16]].concat()[..]);
     assert_eq!(cpu.state.vector.ymm[4][..16], [[0; 12].as_slice(), &[9; 4]].concat());
+}
+
+#[test]
+fn outside_64_bit_mode_operands_go_through_segments() {
+    // paddb xmm1, [ebx]; movups [ebx], xmm1; fild word [ebx]
+    let codes: [&[u8]; 3] = [&[0x66, 0x0f, 0xfc, 0x0b], &[0x0f, 0x11, 0x0b], &[0xdf, 0x03]];
+    let mut cpu = cpu();
+    cpu.state.seg_mut(Seg::Cs).access = 0x9b | segment::DB;
+    *cpu.state.seg_mut(Seg::Ds) = Segment { base: 0x1000, limit: 0x2fff, access: 0x93, selector: 16 };
+    cpu.state_changed();
+    cpu.memory.write(OPERAND, &[5; 16]);
+    cpu.state.gpr.set(reg::RBX, 0xffff_ffff_0000_0000 | (OPERAND - 0x1000));
+    cpu.state.vector.ymm[1] = [1; 32];
+    let insn = |code| Decoder::new(32, code, DecoderOptions::NONE).decode();
+    for code in codes {
+        assert_eq!(raised(&mut cpu, insn(code)), None, "{code:02x?}");
+    }
+    assert_eq!(cpu.state.vector.ymm[1], [[6; 16], [1; 16]].concat()[..]);
+    assert_eq!(read::<16>(&cpu, OPERAND), [6; 16]);
+    assert_eq!(cpu.state.x87.st[0][..10], [0, 0, 0, 0, 0, 0, 0x30, 0xc0, 0x09, 0x40]);
+    cpu.state.gpr.set(reg::RBX, 0x2fff);
+    for code in codes {
+        assert_eq!(raised(&mut cpu, insn(code)), Some((vector::GP, Some(0))), "{code:02x?} past the limit");
+    }
 }

@@ -93,7 +93,9 @@ fn run(cpu: &mut Cpu, cold: &Cold, thunk: &Thunk) -> Exec {
         }
         MemoryUse::Write => {
             linear = cpu.operand_linear(insn, plan.size, true)?;
-            cpu.probe_write(linear, plan.size)?;
+            if cpu.fast_write_pointer(linear, plan.size).is_none() {
+                cpu.probe_write(linear, plan.size)?;
+            }
         }
     }
     frame.status = u32::from(cpu.state.status);
