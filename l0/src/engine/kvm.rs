@@ -1,1 +1,51 @@
-//! The KVM engine.
+//! The KVM engine: guest instructions on the host's processor, through /dev/kvm.
+//!
+//! KVM's vCPU is a cache of [`turtles_cpu::state::CpuState`], the vCPU's home. State is moved in before the guest
+//! runs and moved out before the engine returns, only as far as it differs. I/O, MMIO and MSR exits are answered
+//! through [`turtles_cpu::bus::Bus`] without moving it. Whatever KVM cannot execute (its emulator has no such
+//! instruction, the host kernel cannot reach the memory, the entry fails) the software CPU finishes, and KVM goes
+//! on: no exit of KVM's is fatal to the guest as long as there is another way to go on.
+//!
+//! Interrupt controllers are ours, not KVM's: the engine asks the bus for a vector when KVM says that one can be
+//! taken.
+//!
+//! - `host`: /dev/kvm and what it can do; `vm`: memory slots and the MSR filter
+//! - `vcpu`: the run loop; `exits`: what an exit is answered with; `kick`: getting out of KVM_RUN
+//! - `transfer`: moving state, with `convert` (registers, events), `xsave`, `msrs` and `tsc`
+//! - `cpuid`: what the guest may see; `probe`: how fast this KVM is
+//!
+//! Invariants:
+//! - KICK-1: whoever sets an attention bit either is seen before KVM_RUN, or ends it.
+//! - STALE-1: what the software CPU derived from guest memory is dropped before it runs after KVM, and what KVM
+//!   derived from page tables is dropped after the software CPU may have changed or invalidated them.
+
+mod convert;
+mod cpuid;
+mod exits;
+mod host;
+mod ioctl;
+mod kick;
+mod msrs;
+mod probe;
+mod transfer;
+mod tsc;
+mod vcpu;
+mod vm;
+mod xsave;
+
+#[cfg(test)]
+mod tests;
+
+pub use cpuid::LostFeature;
+pub use host::{CAPABILITIES, Capability, KvmHost, Need, OpenError};
+pub use probe::Speed;
+pub use vcpu::{KvmVcpu, Stats};
+pub use vm::KvmVm;
+
+use super::EngineError;
+
+/// Turns a failed ioctl into an engine error that says what was being done.
+fn failed(what: impl Into<String>) -> impl FnOnce(kvm_ioctls::Error) -> EngineError {
+    let what = what.into();
+    move |error| EngineError::Kvm { what, source: std::io::Error::from_raw_os_error(error.errno()) }
+}
