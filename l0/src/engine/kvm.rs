@@ -39,6 +39,7 @@ mod tests;
 pub use cpuid::LostFeature;
 pub use host::{CAPABILITIES, Capability, KvmHost, Need, OpenError};
 pub use probe::Speed;
+pub use tsc::GuestTsc;
 pub use vcpu::{KvmVcpu, Stats};
 pub use vm::KvmVm;
 

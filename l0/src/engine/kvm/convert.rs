@@ -155,8 +155,8 @@ pub(super) fn kvm_can_hold_events(state: &CpuState) -> bool {
         }
 }
 
-/// Events and blocking as KVM takes them.
-pub(super) fn events_of(state: &CpuState) -> kvm_vcpu_events {
+/// Events and blocking as KVM takes them, with an NMI to deliver as soon as NMIs are not blocked.
+pub(super) fn events_of(state: &CpuState, nmi_pending: bool) -> kvm_vcpu_events {
     let mut events = kvm_vcpu_events {
         flags: KVM_VCPUEVENT_VALID_SHADOW | KVM_VCPUEVENT_VALID_NMI_PENDING,
         ..Default::default()
@@ -166,6 +166,7 @@ pub(super) fn events_of(state: &CpuState) -> kvm_vcpu_events {
         Shadow::Sti => KVM_X86_SHADOW_INT_STI as u8,
         Shadow::MovSs => KVM_X86_SHADOW_INT_MOV_SS as u8,
     };
+    events.nmi.pending = u8::from(nmi_pending);
     events.nmi.masked = u8::from(state.nmi_blocked);
     let Some(event) = state.injected else {
         return events;
@@ -297,7 +298,8 @@ mod tests {
             state.shadow = shadow;
             state.nmi_blocked = shadow != Shadow::None;
             let mut back = CpuState::reset();
-            assert!(!events_into(&events_of(&state), &mut back));
+            assert!(!events_into(&events_of(&state, false), &mut back));
+            assert!(events_into(&events_of(&state, true), &mut back), "the NMI still waits");
             assert_eq!((back.injected, back.shadow, back.nmi_blocked), (Some(event), shadow, state.nmi_blocked));
         }
     }

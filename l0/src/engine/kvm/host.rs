@@ -194,18 +194,6 @@ impl KvmHost {
         super::cpuid::find(&self.supported_cpuid, leaf, subleaf)
             .map_or([0; 4], |e| [e.eax, e.ebx, e.ecx, e.edx])
     }
-
-    /// The frequency at which the guest's TSC runs unless KVM_CAP_TSC_CONTROL is there; none when KVM can't tell.
-    pub fn tsc_hz(&self) -> Result<Option<u64>, EngineError> {
-        let vm = self.kvm.create_vm().map_err(failed("creating a VM"))?;
-        let vcpu = vm.create_vcpu(0).map_err(failed("creating a vCPU"))?;
-        Ok(vcpu.get_tsc_khz().ok().filter(|&khz| khz > 0).map(|khz| u64::from(khz) * 1000))
-    }
-
-    /// KVM can run the guest's TSC at another frequency than the host's.
-    pub fn has_tsc_control(&self) -> bool {
-        self.has_tsc_control
-    }
 }
 
 /// True when the processor walks guest page tables itself (EPT, NPT), so that KVM keeps no copies of them.

@@ -85,16 +85,21 @@ impl Probe {
         self.vcpu.set_regs(&regs).map_err(failed("writing registers"))
     }
 
+    fn count(&mut self, loops: u64) -> Result<Duration, EngineError> {
+        self.load(COUNT, loops)?;
+        let start = Instant::now();
+        match self.vcpu.run().map_err(failed("running the probe"))? {
+            VcpuExit::Hlt => Ok(start.elapsed()),
+            other => Err(EngineError::KvmExit(format!("{other:?} in the probe's loop"))),
+        }
+    }
+
     fn ring0_per_second(&mut self) -> Result<f64, EngineError> {
+        // The first run, not counted, pays for the guest's first page faults.
+        self.count(1)?;
         let mut loops = FIRST_LOOPS;
         loop {
-            self.load(COUNT, loops)?;
-            let start = Instant::now();
-            match self.vcpu.run().map_err(failed("running the probe"))? {
-                VcpuExit::Hlt => {}
-                other => return Err(EngineError::KvmExit(format!("{other:?} in the probe's loop"))),
-            }
-            let took = start.elapsed();
+            let took = self.count(loops)?;
             if took >= LONG_ENOUGH || loops >= MOST_LOOPS {
                 return Ok((2 * loops + 2) as f64 / took.as_secs_f64().max(1e-9));
             }
@@ -105,7 +110,7 @@ impl Probe {
     fn out_round_trip(&mut self) -> Result<Duration, EngineError> {
         self.load(OUT, 0)?;
         let mut start = Instant::now();
-        // The first exit, not counted, pays for the guest's first page faults.
+        // The first exit is not counted either.
         for number in 0..=OUTS {
             match self.vcpu.run().map_err(failed("running the probe"))? {
                 VcpuExit::IoOut(..) => {}

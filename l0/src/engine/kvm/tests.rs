@@ -13,7 +13,7 @@ use turtles_cpu::{Cpu, Exit};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend as _};
 use x86defs::{cr0, cr4, efer, msr, paging, rflags};
 
-use super::{KvmHost, KvmVcpu, KvmVm, Stats};
+use super::{GuestTsc, KvmHost, KvmVcpu, KvmVm, Stats};
 use crate::engine::Engine;
 use crate::memory::Ram;
 use crate::vcpu_signal::{VcpuSignal, lock};
@@ -46,7 +46,7 @@ struct TestBus {
     seen: Arc<Mutex<Seen>>,
     attention: Arc<Attention>,
     start: Instant,
-    hz: u64,
+    tsc: GuestTsc,
 }
 
 impl Bus for TestBus {
@@ -88,7 +88,11 @@ impl Bus for TestBus {
         lock(&self.seen).pending.take()
     }
     fn tsc(&mut self, _instructions: u64) -> u64 {
-        (self.start.elapsed().as_nanos() * u128::from(self.hz) / 1_000_000_000) as u64
+        if !self.tsc.settable {
+            // SAFETY: RDTSC has no operands; every x86-64 processor has it.
+            return unsafe { std::arch::x86_64::_rdtsc() };
+        }
+        (self.start.elapsed().as_nanos() * u128::from(self.tsc.hz.unwrap_or(1_000_000_000)) / 1_000_000_000) as u64
     }
 }
 
@@ -109,13 +113,14 @@ fn machine() -> Option<Machine> {
             return None;
         }
     };
-    let hz = host.tsc_hz().unwrap().unwrap_or(1_000_000_000);
+    let tsc = host.guest_tsc().unwrap();
+    let hz = tsc.hz.unwrap_or(1_000_000_000);
     let ram = Ram::new(4 << 20).unwrap();
     let vm = KvmVm::new(Arc::clone(&host), &ram).unwrap();
     let signal = Arc::new(VcpuSignal::default());
     let seen = Arc::new(Mutex::new(Seen::default()));
     let attention = Arc::clone(&signal.attention);
-    let bus = TestBus { seen: Arc::clone(&seen), attention: Arc::clone(&attention), start: Instant::now(), hz };
+    let bus = TestBus { seen: Arc::clone(&seen), attention: Arc::clone(&attention), start: Instant::now(), tsc };
     let at = ram.memory.get_host_address(GuestAddress(0)).unwrap();
     let range = RamRange { start: 0, len: 4 << 20, host: at };
     // SAFETY: the range is `ram.memory`'s mapping, which the second argument keeps.
@@ -296,14 +301,14 @@ fn mmio_in_ring_3_goes_on_even_where_kvm_cannot() {
 #[test]
 fn interrupts_wait_for_if_and_come_in_hlt() {
     let Some(mut m) = machine() else { return };
-    // sti; nop; hlt; mov ebx,7; cli; hlt
-    m.long(&[0xfb, 0x90, 0xf4, 0xbb, 7, 0, 0, 0, 0xfa, 0xf4]);
+    // sti; 1: jecxz 1b; hlt; mov ebx,7; cli; hlt
+    m.long(&[0xfb, 0x67, 0xe3, 0xfd, 0xf4, 0xbb, 7, 0, 0, 0, 0xfa, 0xf4]);
     // handler: inc ecx; iretq
     m.put(HANDLER, &[0xff, 0xc1, 0x48, 0xcf]);
     m.interrupt();
     assert_eq!(m.run(), Exit::Halted);
-    assert_eq!((m.gpr(reg::RCX), m.gpr(reg::RBX)), (1, 0), "taken after STI's shadow, then halted");
-    assert_eq!(m.cpu.state.rip, CODE + 3);
+    assert_eq!((m.gpr(reg::RCX), m.gpr(reg::RBX)), (1, 0), "taken after STI, then halted");
+    assert_eq!(m.cpu.state.rip, CODE + 5);
     m.interrupt();
     assert_eq!(m.run(), Exit::Halted);
     assert_eq!((m.gpr(reg::RCX), m.gpr(reg::RBX)), (2, 7));
@@ -525,13 +530,13 @@ fn the_whole_state_is_the_same_after_a_hlt() {
 #[test]
 fn what_kvm_cannot_emulate_the_software_cpu_finishes() {
     let Some(mut m) = machine() else { return };
-    // mov edi,0x5000; lock cmpxchg16b [rdi]; hlt. RDX:RAX = 0 matches; RCX:RBX goes to memory.
-    m.long(&[0xbf, 0, 0x50, 0, 0, 0xf0, 0x48, 0x0f, 0xc7, 0x0f, 0xf4]);
+    // mov edi,0xa000; lock cmpxchg16b [rdi]; hlt. RDX:RAX = 0 matches; RCX:RBX goes to memory.
+    m.long(&[0xbf, 0, 0xa0, 0, 0, 0xf0, 0x48, 0x0f, 0xc7, 0x0f, 0xf4]);
     for (index, value) in [(reg::RAX, 0), (reg::RDX, 0), (reg::RBX, 0x1111), (reg::RCX, 0x2222)] {
         m.cpu.state.gpr.set(index, value);
     }
     assert_eq!(m.run(), Exit::Halted);
-    assert_eq!((m.get64(0x5000), m.get64(0x5008)), (0x1111, 0x2222));
+    assert_eq!((m.get64(0xa000), m.get64(0xa008)), (0x1111, 0x2222));
     assert_eq!(m.stats().emulation_failures, m.stats().bursts);
 }
 

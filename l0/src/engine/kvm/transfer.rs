@@ -60,8 +60,9 @@ impl Image {
         Ok(xcrs.xcrs.iter().take(xcrs.nr_xcrs as usize).find(|x| x.xcr == 0).map_or(0, |x| x.value))
     }
 
-    /// Moves the state into KVM. Registers may be left in the run page, for KVM to take at the next KVM_RUN.
-    pub(super) fn move_in(&mut self, vcpu: &mut VcpuFd, cpu: &mut Cpu) -> Result<(), EngineError> {
+    /// Moves the state into KVM, and an NMI that waits. Registers may be left in the run page, for KVM to take at the
+    /// next KVM_RUN, which forgets events queued before.
+    pub(super) fn move_in(&mut self, vcpu: &mut VcpuFd, cpu: &mut Cpu, nmi: bool) -> Result<(), EngineError> {
         let cr8 = cpu.bus().cr8();
         let apic_base = cpu.bus().read_msr(msr::IA32_APIC_BASE).unwrap_or(self.sregs.apic_base);
         let state = &mut cpu.state;
@@ -82,7 +83,7 @@ impl Image {
         let sregs = convert::sregs_of(state, cr8, apic_base);
         let sregs_differ = sregs != self.sregs;
         self.sregs = sregs;
-        self.put_registers(vcpu, &convert::regs_of(state), sregs_differ, &convert::events_of(state))
+        self.put_registers(vcpu, &convert::regs_of(state), sregs_differ, &convert::events_of(state, nmi))
     }
 
     fn put_registers(

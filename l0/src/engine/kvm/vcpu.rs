@@ -258,6 +258,10 @@ impl KvmVcpu {
             return Ok(Err(Next::Leave(Exit::Attention)));
         }
         if attention & Attention::NMI != 0 {
+            if self.registers_wait() {
+                // It came since the state moved in: KVM would forget it when it takes the registers.
+                return Ok(Err(Next::Home));
+            }
             self.signal.attention.clear(Attention::NMI);
             self.fd.nmi().map_err(failed("delivering an NMI"))?;
         }
@@ -311,7 +315,8 @@ impl KvmVcpu {
     fn move_in(&mut self, cpu: &mut Cpu) -> Result<(), EngineError> {
         self.refresh_translations(cpu)?;
         self.tsc.sync(&self.fd, cpu, self.tsc_hz)?;
-        self.image.move_in(&mut self.fd, cpu)?;
+        let nmi = self.signal.attention.take(Attention::NMI) != 0;
+        self.image.move_in(&mut self.fd, cpu, nmi)?;
         cpu.state.injected = None;
         self.stats.moved_in += 1;
         self.resident = true;
@@ -333,13 +338,18 @@ impl KvmVcpu {
         }
     }
 
+    /// Registers in the run page that KVM has not taken yet: they are nowhere else.
+    fn registers_wait(&mut self) -> bool {
+        self.fd.get_kvm_run().kvm_dirty_regs != 0
+    }
+
     /// Finishes the instruction under way and moves the state out. An exit if the guest came to an end meanwhile.
     fn move_home(&mut self, cpu: &mut Cpu) -> Result<Option<Exit>, EngineError> {
         if !self.resident {
             return Ok(None);
         }
         let mut exit = None;
-        while self.unfinished {
+        while self.unfinished || self.registers_wait() {
             self.set_immediate_exit(1);
             if self.image.uses_run_page() {
                 self.fd.get_kvm_run().kvm_valid_regs = ALL_IN_RUN_PAGE;
