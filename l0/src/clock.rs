@@ -49,6 +49,8 @@ pub struct Clock {
     start: Instant,
     tsc_hz: u64,
     virtual_ns: AtomicU64,
+    /// Virtual mode: guest time spent halted, in nanoseconds.
+    idle_ns: AtomicU64,
     timers: Mutex<Timers>,
     changed: Condvar,
 }
@@ -61,6 +63,7 @@ impl Clock {
             start: Instant::now(),
             tsc_hz,
             virtual_ns: AtomicU64::new(0),
+            idle_ns: AtomicU64::new(0),
             timers: Mutex::default(),
             changed: Condvar::new(),
         })
@@ -94,9 +97,32 @@ impl Clock {
         (u128::from(tsc) * 1_000_000_000).div_ceil(u128::from(self.tsc_hz)).min(u128::from(u64::MAX)) as u64
     }
 
-    /// Virtual mode: moves guest time to `ns` (never back).
+    /// Moves guest time to `ns` (never back). Virtual mode's driver and the tests of the chips use it.
     pub fn advance_to(&self, ns: u64) {
         self.virtual_ns.fetch_max(ns, Ordering::Relaxed);
+    }
+
+    /// Virtual mode: `instructions` have been executed since power-on.
+    pub fn executed(&self, instructions: u64) {
+        if self.source == ClockSource::Virtual {
+            let busy = instructions.wrapping_mul(VIRTUAL_NS_PER_INSTRUCTION);
+            self.advance_to(busy.wrapping_add(self.idle_ns.load(Ordering::Relaxed)));
+        }
+    }
+
+    /// Virtual mode, everything halted: lets time pass until the next timer is due. False if none is armed.
+    pub fn skip_to_next_deadline(&self) -> bool {
+        let Some(at) = self.next_deadline() else { return false };
+        let idle = at.saturating_sub(self.now_ns());
+        self.idle_ns.fetch_add(idle, Ordering::Relaxed);
+        self.advance_to(at);
+        true
+    }
+
+    /// Virtual mode: how many instructions may be executed before the next timer is due.
+    pub fn instructions_to_deadline(&self) -> Option<u64> {
+        let left = self.next_deadline()?.saturating_sub(self.now_ns());
+        Some(left.div_ceil(VIRTUAL_NS_PER_INSTRUCTION))
     }
 
     /// Adds a timer, disarmed.

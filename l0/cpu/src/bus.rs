@@ -34,6 +34,9 @@ pub trait Bus: Send {
     fn random(&mut self) -> Option<u64> {
         None
     }
+    /// Called before every other call: `instructions` have been completed since power-on. For owners whose clock
+    /// counts instructions.
+    fn at(&mut self, _instructions: u64) {}
     /// CPUID, when the owner wants to answer it itself.
     fn cpuid(&mut self, _leaf: u32, _subleaf: u32) -> Option<[u32; 4]> {
         None

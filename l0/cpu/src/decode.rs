@@ -3,7 +3,7 @@
 //! Bytes are marked as code before they are read ([`crate::phys::PhysMemory::mark_code`]), so a write that comes
 //! later is noticed.
 
-use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction, OpKind};
+use iced_x86::{Decoder, FlowControl, Instruction, OpKind};
 use x86defs::vector;
 
 use crate::Cpu;
@@ -83,7 +83,7 @@ impl Cpu {
             }
             let end = (at + MAX_LENGTH).min(page_left);
             let mut decoder =
-                Decoder::with_ip(self.code_bits, &bytes[at..end], at as u64, DecoderOptions::NONE);
+                Decoder::with_ip(self.code_bits, &bytes[at..end], at as u64, self.model.decoder_options());
             let insn = decoder.decode();
             if insn.is_invalid()
                 && end - at < MAX_LENGTH
@@ -122,7 +122,7 @@ impl Cpu {
             let second_version = self.mark_and_version(second_code, second, MAX_LENGTH - first_len);
             memory.read(physical, &mut bytes[..first_len]);
             memory.read(second, &mut bytes[first_len..]);
-            let mut decoder = Decoder::with_ip(self.code_bits, &bytes, 0, DecoderOptions::NONE);
+            let mut decoder = Decoder::with_ip(self.code_bits, &bytes, 0, self.model.decoder_options());
             let insn = decoder.decode();
             let too_long = insn.is_invalid() && decoder.last_error() == iced_x86::DecoderError::NoMoreBytes;
             if self.mark_and_version(second_code, second, MAX_LENGTH - first_len) != second_version {

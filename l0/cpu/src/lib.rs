@@ -17,6 +17,8 @@ mod events;
 mod exec;
 mod interp;
 pub mod mmu;
+pub mod native;
+mod offered;
 pub mod op;
 pub mod phys;
 pub mod state;
@@ -76,6 +78,8 @@ pub struct Cpu {
     pub(crate) block_end: usize,
     /// The run loop must look at interrupts, traps and the like before the next block.
     pub(crate) look_up: bool,
+    /// The instruction under way started with RFLAGS.TF set and traps when it is complete.
+    pub(crate) single_step: bool,
     /// The last #GP was raised for a non-canonical address.
     pub(crate) non_canonical: bool,
     /// Return [`Exit::InterruptWindow`] as soon as interrupts can be taken.
@@ -116,6 +120,7 @@ impl Cpu {
             linear_base: [0; 8],
             block_end: 0,
             look_up: true,
+            single_step: false,
             non_canonical: false,
             want_interrupt_window: false,
             apic_id,
@@ -124,8 +129,9 @@ impl Cpu {
         cpu
     }
 
-    /// The owner.
+    /// The owner, told how far we are.
     pub fn bus(&mut self) -> &mut dyn Bus {
+        self.bus.at(self.state.instructions);
         &mut *self.bus
     }
 
@@ -144,6 +150,19 @@ impl Cpu {
         self.tlb.flush_all();
         self.refresh_space();
         self.attend();
+    }
+
+    /// Reads guest memory at a linear address without any effect on the guest; returns how many bytes are mapped.
+    pub fn peek(&self, linear: u64, data: &mut [u8]) -> usize {
+        let mut done = 0;
+        while done < data.len() {
+            let at = self.wrap(linear.wrapping_add(done as u64));
+            let Some(physical) = mmu::walk::peek(&self.state, &self.memory, at) else { break };
+            let step = (data.len() - done).min(4096 - (at & 4095) as usize);
+            self.memory.read(physical, &mut data[done..done + step]);
+            done += step;
+        }
+        done
     }
 
     /// Makes the run loop look at interrupts, traps and shadows before the next instruction block.

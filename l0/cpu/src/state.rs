@@ -314,7 +314,7 @@ impl CpuState {
         segments[Seg::Cs as usize] =
             Segment { base: 0xffff_0000, limit: 0xffff, access: 0x9b, selector: 0xf000 };
         let mut gpr = RegisterFile::default();
-        gpr.set(reg::RDX, 0x0005_0650);
+        gpr.set(reg::RDX, u64::from(crate::cpuid::SIGNATURE));
         Self {
             gpr,
             rip: 0xfff0,

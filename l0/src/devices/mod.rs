@@ -3,6 +3,24 @@
 //!
 //! Must not know: engines, vCPUs (beyond [`crate::vcpu_signal::VcpuSignal`]), nesting.
 
+pub mod acpi_pm;
+pub mod debug_exit;
+pub mod hpet;
+pub mod i8042;
+pub mod ioapic;
+pub mod irqchip;
+pub mod lapic;
+pub mod oscillator;
+pub mod pci;
+pub mod pic;
+pub mod pit;
+pub mod rtc;
+#[cfg(test)]
+mod test_bench;
+pub mod uart;
+pub mod virtio;
+pub mod window;
+
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, RwLock};
 

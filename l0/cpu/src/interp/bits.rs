@@ -309,7 +309,7 @@ fn crc32(cpu: &mut Cpu, cold: &Cold) -> Exec {
 
 /// RDRAND and RDSEED: the owner's random bits.
 fn random(cpu: &mut Cpu, cold: &Cold) -> Exec {
-    let bits = cpu.bus.random();
+    let bits = cpu.bus().random();
     let register = cold.insn.op0_register();
     let size = register.size();
     let value = bits.unwrap_or(0);

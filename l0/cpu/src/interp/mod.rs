@@ -13,21 +13,58 @@ mod address;
 pub(crate) mod arith;
 pub(crate) mod bits;
 pub(crate) mod branch;
+pub(crate) mod control;
+pub(crate) mod descriptor;
+pub(crate) mod far;
+pub(crate) mod flags;
 mod host;
+pub(crate) mod io;
+pub(crate) mod iret;
 pub(crate) mod mov;
+pub(crate) mod msr;
 pub(crate) mod muldiv;
 pub(crate) mod operands;
+pub(crate) mod segment;
 pub(crate) mod shift;
 pub(crate) mod stack;
+pub(crate) mod stack_switch;
 pub(crate) mod string;
+pub(crate) mod syscall;
+pub(crate) mod system;
+pub(crate) mod task;
+pub(crate) mod vector;
+pub(crate) mod x87;
+pub(crate) mod xstate;
 
 use iced_x86::Instruction;
 
 use crate::decode::ColdLowering;
+use crate::op::ColdHandler;
 
 /// Asks the families whose instructions are executed from iced's own form.
 pub(crate) fn lower_cold(insn: &Instruction) -> Option<ColdLowering> {
-    let integer =
-        bits::lower_cold(insn).or_else(|| muldiv::lower_cold(insn)).or_else(|| stack::lower_cold(insn));
-    integer.map(|handler| (handler, 0, false))
+    type Lower = fn(&Instruction) -> Option<ColdHandler>;
+    type Ends = fn(&Instruction) -> bool;
+    const GOES_ON: Ends = |_| false;
+    const FAMILIES: [(Lower, Ends); 12] = [
+        (bits::lower_cold, GOES_ON),
+        (muldiv::lower_cold, GOES_ON),
+        (stack::lower_cold, GOES_ON),
+        (flags::lower, flags::ends_block),
+        (segment::lower, segment::ends_block),
+        (control::lower, control::ends_block),
+        (system::lower, system::ends_block),
+        (msr::lower, msr::ends_block),
+        (io::lower, io::ends_block),
+        (syscall::lower, syscall::ends_block),
+        (iret::lower, iret::ends_block),
+        (far::lower, far::ends_block),
+    ];
+    for (lower, ends) in FAMILIES {
+        if let Some(handler) = lower(insn) {
+            return Some((handler, 0, ends(insn)));
+        }
+    }
+    let (handler, data) = vector::lower(insn).or_else(|| x87::lower(insn)).or_else(|| xstate::lower(insn))?;
+    Some((handler, data, false))
 }

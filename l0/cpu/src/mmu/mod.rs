@@ -135,7 +135,7 @@ impl Cpu {
         let first = 4096 - (linear & 4095) as usize;
         self.place(linear, Access::Write, privilege)?;
         if size > first {
-            self.place(self.wrap(linear.wrapping_add(first as u64)), Access::Write, privilege)?;
+            self.place(self.following(linear, first), Access::Write, privilege)?;
         }
         Ok(())
     }
@@ -147,7 +147,7 @@ impl Cpu {
         let first = 4096 - (linear & 4095) as usize;
         self.place(linear, Access::Read, privilege)?;
         if size > first {
-            self.place(self.wrap(linear.wrapping_add(first as u64)), Access::Read, privilege)?;
+            self.place(self.following(linear, first), Access::Read, privilege)?;
         }
         Ok(())
     }
@@ -168,7 +168,7 @@ impl Cpu {
 
     /// Reads with a chosen privilege (stack switches, descriptor tables).
     pub fn read_with(&mut self, linear: u64, data: &mut [u8], privilege: Privilege) -> Exec {
-        if privilege == Privilege::User || privilege == Privilege::Supervisor {
+        if privilege == Privilege::User {
             self.check_alignment(linear, data.len())?;
         }
         self.check_address(linear, data.len())?;
@@ -190,7 +190,7 @@ impl Cpu {
 
     /// Writes with a chosen privilege; nothing is written if any part would fault.
     pub fn write_with(&mut self, linear: u64, data: &[u8], privilege: Privilege) -> Exec {
-        if privilege == Privilege::User || privilege == Privilege::Supervisor {
+        if privilege == Privilege::User {
             self.check_alignment(linear, data.len())?;
         }
         self.check_address(linear, data.len())?;
@@ -205,7 +205,7 @@ impl Cpu {
                     unsafe { copy_to_ram(part, host) };
                     self.wrote_ram(address, len as u64);
                 }
-                Place::Mmio(address) => self.bus.mmio_write(address, part),
+                Place::Mmio(address) => self.bus().mmio_write(address, part),
             }
             done += len;
         }
@@ -215,7 +215,7 @@ impl Cpu {
 
     fn mmio_read(&mut self, address: u64, part: &mut [u8]) {
         part.fill(0xff);
-        self.bus.mmio_read(address, part);
+        self.bus().mmio_read(address, part);
     }
 
     /// Takes notice of a slow write to RAM: code there is forgotten, and if it may be the running block, the
@@ -242,7 +242,7 @@ impl Cpu {
             out[count] = (self.place(at, access, privilege)?, len);
             count += 1;
             left -= len;
-            at = self.wrap(at.wrapping_add(len as u64));
+            at = self.following(at, len);
         }
         Ok(count)
     }
@@ -251,6 +251,13 @@ impl Cpu {
     #[inline(always)]
     pub(crate) fn wrap(&self, linear: u64) -> u64 {
         if self.code_bits == 64 { linear } else { linear & 0xffff_ffff }
+    }
+
+    /// The next page's address in an access that crosses pages. Compatibility-mode code wraps at 4 GiB; the
+    /// processor's own tables and stacks in IA-32e mode do not.
+    fn following(&self, at: u64, len: usize) -> u64 {
+        let next = at.wrapping_add(len as u64);
+        if at >> 32 != 0 && self.state.long_mode() { next } else { self.wrap(next) }
     }
 
     /// Translates one page's piece of an access, filling the TLB; raises the page fault if there is one.
@@ -262,7 +269,8 @@ impl Cpu {
         let physical = to.physical | linear & 4095;
         let Some((host, code)) = self.memory.page(to.physical) else { return Ok(Place::Mmio(physical)) };
         let plain = code.is_plain();
-        if privilege != Privilege::Implicit && access != Access::Fetch {
+        // The current data table is for the current privilege: what another one may do must not get into it.
+        if privilege == self.privilege() && access != Access::Fetch {
             self.fill_data(linear & !4095, &to, host, plain);
         }
         // SAFETY: `host` is a whole mapped page.

@@ -90,6 +90,17 @@ pub fn translate(
     Ok(walk.to)
 }
 
+/// Physical address of `linear` if it is mapped, whatever the access rights, changing nothing: for debuggers and
+/// crash reports.
+pub fn peek(state: &CpuState, memory: &PhysMemory, linear: u64) -> Option<u64> {
+    if state.cr0 & cr0::PG == 0 {
+        return Some(linear & 0xffff_ffff);
+    }
+    let walk =
+        if state.cr4 & cr4::PAE == 0 { walk32(state, memory, linear) } else { walk64(state, memory, linear) };
+    walk.ok().map(|w| w.to.physical | linear & 4095)
+}
+
 fn access_bits(state: &CpuState, access: Access, privilege: Privilege) -> u32 {
     let mut code = 0;
     if access == Access::Write {

@@ -1,0 +1,97 @@
+//! Executable memory for thunks: one memory file mapped twice, writable here and executable there, so that no
+//! address is ever both (W^X). It only grows, up to a fixed size, and is never freed: an address once handed out
+//! is valid until the process ends.
+//!
+//! Unsafe island: the two mappings. Only [`CodeMemory::append`] writes, through the writable mapping, to bytes
+//! that were not handed out before; what was handed out never changes.
+
+use std::io;
+
+/// Bytes of executable memory in all; a thunk takes about a hundred.
+pub(super) const CAPACITY: usize = 2 << 20;
+
+/// Thunks start at multiples of this many bytes.
+const ALIGNMENT: usize = 16;
+
+/// Append-only executable memory.
+pub(super) struct CodeMemory {
+    writable: *mut u8,
+    executable: *const u8,
+    capacity: usize,
+    used: usize,
+}
+
+// SAFETY: the pointers name mappings of this process that are never unmapped; writing needs `&mut self`.
+unsafe impl Send for CodeMemory {}
+
+impl CodeMemory {
+    /// Maps `capacity` bytes (a multiple of the page size).
+    pub(super) fn new(capacity: usize) -> io::Result<Self> {
+        // SAFETY: the name is a C string; the call has no other preconditions.
+        let file = unsafe { libc::memfd_create(c"turtles-thunks".as_ptr(), libc::MFD_CLOEXEC) };
+        if file < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        let mapped = Self::map(file, capacity);
+        // SAFETY: `file` is ours and not used again; the mappings keep the memory.
+        unsafe { libc::close(file) };
+        let (writable, executable) = mapped?;
+        Ok(Self { writable, executable, capacity, used: 0 })
+    }
+
+    fn map(file: libc::c_int, capacity: usize) -> io::Result<(*mut u8, *const u8)> {
+        // SAFETY: `file` is an open memory file of ours.
+        if unsafe { libc::ftruncate(file, capacity as libc::off_t) } < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        let view = |protection| {
+            // SAFETY: a new mapping at an address the kernel chooses disturbs nothing.
+            let at =
+                unsafe { libc::mmap(std::ptr::null_mut(), capacity, protection, libc::MAP_SHARED, file, 0) };
+            if at == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(at.cast::<u8>()) }
+        };
+        let executable = view(libc::PROT_READ | libc::PROT_EXEC)?;
+        let writable = view(libc::PROT_READ | libc::PROT_WRITE)?;
+        Ok((writable, executable))
+    }
+
+    /// Copies `code` in and returns where it can be executed; none when the memory is full.
+    pub(super) fn append(&mut self, code: &[u8]) -> Option<*const u8> {
+        let start = self.used;
+        let end = start.checked_add(code.len())?;
+        if end > self.capacity {
+            return None;
+        }
+        self.used = end.next_multiple_of(ALIGNMENT).min(self.capacity);
+        // SAFETY: `start..end` lies inside both mappings and was never handed out before, so nobody executes or
+        // reads it; `code` is not part of the mappings (they are only reached from here).
+        unsafe {
+            std::ptr::copy_nonoverlapping(code.as_ptr(), self.writable.add(start), code.len());
+            Some(self.executable.add(start))
+        }
+    }
+
+    /// Forgets everything that was appended: only for memory whose code nobody will call again.
+    pub(super) fn reset(&mut self) {
+        self.used = 0;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn appended_code_runs_and_the_memory_is_bounded() {
+        let mut memory = CodeMemory::new(4096).unwrap();
+        // mov eax, N; ret
+        for n in 0..64_u8 {
+            let at = memory.append(&[0xb8, n, 0, 0, 0, 0xc3]).unwrap();
+            // SAFETY: the bytes just appended are a function of this type.
+            let function: extern "sysv64" fn() -> u32 = unsafe { std::mem::transmute(at) };
+            assert_eq!(function(), u32::from(n));
+        }
+        assert!(memory.append(&[0xc3; 4096]).is_none());
+        assert!(memory.append(&[0xc3; 1024]).is_some());
+    }
+}
