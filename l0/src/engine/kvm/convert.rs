@@ -145,8 +145,7 @@ pub(super) fn kvm_can_hold_events(state: &CpuState) -> bool {
     let kind = state.injected.map(|event| event.kind);
     state.pending_debug == 0
         && match kind {
-            None
-            | Some(EventKind::ExternalInterrupt | EventKind::Nmi | EventKind::HardwareException) => true,
+            None | Some(EventKind::ExternalInterrupt | EventKind::Nmi | EventKind::HardwareException) => true,
             Some(
                 EventKind::SoftwareInterrupt
                 | EventKind::PrivilegedSoftwareException
@@ -300,7 +299,10 @@ mod tests {
             let mut back = CpuState::reset();
             assert!(!events_into(&events_of(&state, false), &mut back));
             assert!(events_into(&events_of(&state, true), &mut back), "the NMI still waits");
-            assert_eq!((back.injected, back.shadow, back.nmi_blocked), (Some(event), shadow, state.nmi_blocked));
+            assert_eq!(
+                (back.injected, back.shadow, back.nmi_blocked),
+                (Some(event), shadow, state.nmi_blocked)
+            );
         }
     }
 
@@ -308,8 +310,12 @@ mod tests {
     fn what_kvm_cannot_hold_is_told() {
         let mut state = CpuState::reset();
         assert!(kvm_can_hold_events(&state));
-        state.injected =
-            Some(Event { vector: 3, kind: EventKind::SoftwareException, error_code: None, instruction_length: 1 });
+        state.injected = Some(Event {
+            vector: 3,
+            kind: EventKind::SoftwareException,
+            error_code: None,
+            instruction_length: 1,
+        });
         assert!(!kvm_can_hold_events(&state));
         state.injected = None;
         state.pending_debug = x86defs::dr::DR6_BS;

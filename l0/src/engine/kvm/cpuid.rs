@@ -74,7 +74,16 @@ pub(super) fn find(entries: &[kvm_cpuid_entry2], leaf: u32, subleaf: u32) -> Opt
 
 fn entry(leaf: u32, subleaf: Option<u32>, [eax, ebx, ecx, edx]: [u32; 4]) -> kvm_cpuid_entry2 {
     let flags = if subleaf.is_some() { KVM_CPUID_FLAG_SIGNIFCANT_INDEX } else { 0 };
-    kvm_cpuid_entry2 { function: leaf, index: subleaf.unwrap_or(0), flags, eax, ebx, ecx, edx, ..Default::default() }
+    kvm_cpuid_entry2 {
+        function: leaf,
+        index: subleaf.unwrap_or(0),
+        flags,
+        eax,
+        ebx,
+        ecx,
+        edx,
+        ..Default::default()
+    }
 }
 
 impl KvmHost {
@@ -134,7 +143,8 @@ mod tests {
 
     #[test]
     fn entries_are_found_by_subleaf_only_where_it_counts() {
-        let entries = [entry(1, None, [1, 0, 0, 0]), entry(7, Some(0), [2, 0, 0, 0]), entry(7, Some(1), [3, 0, 0, 0])];
+        let entries =
+            [entry(1, None, [1, 0, 0, 0]), entry(7, Some(0), [2, 0, 0, 0]), entry(7, Some(1), [3, 0, 0, 0])];
         assert_eq!(find(&entries, 1, 5).map(|e| e.eax), Some(1));
         assert_eq!(find(&entries, 7, 1).map(|e| e.eax), Some(3));
         assert!(find(&entries, 7, 2).is_none());

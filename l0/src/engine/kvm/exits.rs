@@ -34,7 +34,9 @@ impl KvmVcpu {
                 Ok(Next::Again)
             }
             // Somebody lowered CR8, which the owner has been told.
-            kb::KVM_EXIT_SET_TPR | kb::KVM_EXIT_INTR | kb::KVM_EXIT_NMI | kb::KVM_EXIT_TPR_ACCESS => Ok(Next::Again),
+            kb::KVM_EXIT_SET_TPR | kb::KVM_EXIT_INTR | kb::KVM_EXIT_NMI | kb::KVM_EXIT_TPR_ACCESS => {
+                Ok(Next::Again)
+            }
             kb::KVM_EXIT_SHUTDOWN => {
                 self.come_home_as(cpu, Activity::Shutdown)?;
                 Ok(Next::Leave(Exit::Shutdown))
@@ -47,7 +49,9 @@ impl KvmVcpu {
             }
             // Nobody asked for debug exits: what KVM took for one the software CPU does as the architecture has it.
             kb::KVM_EXIT_DEBUG | kb::KVM_EXIT_EXCEPTION => Ok(Next::Software(1)),
-            other => Err(EngineError::KvmExit(format!("exit reason {other}, which this version does not know"))),
+            other => {
+                Err(EngineError::KvmExit(format!("exit reason {other}, which this version does not know")))
+            }
         }
     }
 
@@ -87,7 +91,8 @@ impl KvmVcpu {
         }
         // SAFETY: KVM says that its data is there, and all of it is inside the mapped run page, which `self`
         // borrows exclusively; KVM touches it only in KVM_RUN.
-        let data = unsafe { std::slice::from_raw_parts_mut(std::ptr::from_mut(run).cast::<u8>().add(start), len) };
+        let data =
+            unsafe { std::slice::from_raw_parts_mut(std::ptr::from_mut(run).cast::<u8>().add(start), len) };
         for item in data.chunks_exact_mut(width) {
             if u32::from(io.direction) == kb::KVM_EXIT_IO_IN {
                 bus.port_read(io.port, item);
@@ -131,7 +136,11 @@ impl KvmVcpu {
         self.stats.owner_msrs += 1;
         self.unfinished = true;
         // Where the APIC is shows in CPUID, which KVM answers from its own copy.
-        if index == msr::IA32_APIC_BASE && reason == kb::KVM_EXIT_X86_WRMSR { Next::Home } else { Next::Again }
+        if index == msr::IA32_APIC_BASE && reason == kb::KVM_EXIT_X86_WRMSR {
+            Next::Home
+        } else {
+            Next::Again
+        }
     }
 
     /// HLT, which KVM has completed.

@@ -1,5 +1,7 @@
 //! /dev/kvm: whether we may use it, and what it can do.
 
+use std::sync::Arc;
+
 use kvm_bindings as kb;
 use kvm_ioctls::Kvm;
 
@@ -103,13 +105,17 @@ pub enum OpenError {
     )]
     Missing,
     /// No permission.
-    #[error("no permission to open /dev/kvm: add your user to the group that owns it (often kvm), or use --engine soft")]
+    #[error(
+        "no permission to open /dev/kvm: add your user to the group that owns it (often kvm), or use --engine soft"
+    )]
     NotPermitted,
     /// It is there but something else is wrong.
     #[error("cannot open /dev/kvm: {0}")]
     Other(std::io::Error),
     /// Not the interface we know.
-    #[error("KVM's interface has version {0}, not 12: this kernel is older than Linux 2.6.22; use --engine soft")]
+    #[error(
+        "KVM's interface has version {0}, not 12: this kernel is older than Linux 2.6.22; use --engine soft"
+    )]
     Version(i32),
     /// A required capability is missing.
     #[error("KVM has no {}: {}", .0.name, .0.without)]
@@ -130,8 +136,9 @@ impl From<OpenError> for EngineError {
 }
 
 /// The host's KVM.
+#[derive(Clone)]
 pub struct KvmHost {
-    pub(super) kvm: Kvm,
+    pub(super) kvm: Arc<Kvm>,
     pub(super) has_sync_regs: bool,
     pub(super) has_tsc_control: bool,
     pub(super) has_exit_on_emulation_failure: bool,
@@ -139,7 +146,7 @@ pub struct KvmHost {
     /// Bytes of KVM's XSAVE area.
     pub(super) xsave_size: usize,
     /// What KVM can show in CPUID.
-    pub(super) supported_cpuid: Vec<kb::kvm_cpuid_entry2>,
+    pub(super) supported_cpuid: Arc<[kb::kvm_cpuid_entry2]>,
     /// KVM keeps its own translations of guest page tables, which only the guest's own writes keep fresh.
     pub(super) shadow_paging: bool,
 }
@@ -165,9 +172,9 @@ impl KvmHost {
             has_exit_on_emulation_failure: has(kb::KVM_CAP_EXIT_ON_EMULATION_FAILURE),
             has_xcrs: has(kb::KVM_CAP_XCRS),
             xsave_size: usize::try_from(xsave2).unwrap_or(0).max(4096),
-            supported_cpuid: supported.as_slice().to_vec(),
+            supported_cpuid: supported.as_slice().into(),
             shadow_paging: !two_dimensional_paging(),
-            kvm,
+            kvm: Arc::new(kvm),
         })
     }
 

@@ -113,7 +113,9 @@ impl KvmMsrs {
     /// Moves all out of KVM.
     pub(super) fn get(&mut self, vcpu: &VcpuFd, msrs: &mut Msrs) -> Result<(), EngineError> {
         vcpu.get_msrs(&mut self.list).map_err(failed("reading MSRs"))?;
-        for ((entry, &(_, field)), value) in self.list.as_slice().iter().zip(&self.known).zip(&mut self.values) {
+        for ((entry, &(_, field)), value) in
+            self.list.as_slice().iter().zip(&self.known).zip(&mut self.values)
+        {
             *value = entry.data;
             *field(msrs) = entry.data;
         }

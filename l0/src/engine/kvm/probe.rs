@@ -53,7 +53,8 @@ impl Probe {
         let memory: GuestMemoryMmap<()> =
             GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY)]).map_err(memory_failed)?;
         let entry = paging::PRESENT | paging::WRITE;
-        for (at, value) in [(PML4, PDPT | entry), (PDPT, PAGE_DIRECTORY | entry), (PAGE_DIRECTORY, entry | paging::LARGE)]
+        for (at, value) in
+            [(PML4, PDPT | entry), (PDPT, PAGE_DIRECTORY | entry), (PAGE_DIRECTORY, entry | paging::LARGE)]
         {
             memory.write_obj(value, GuestAddress(at)).map_err(memory_failed)?;
         }

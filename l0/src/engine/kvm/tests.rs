@@ -92,7 +92,8 @@ impl Bus for TestBus {
             // SAFETY: RDTSC has no operands; every x86-64 processor has it.
             return unsafe { std::arch::x86_64::_rdtsc() };
         }
-        (self.start.elapsed().as_nanos() * u128::from(self.tsc.hz.unwrap_or(1_000_000_000)) / 1_000_000_000) as u64
+        (self.start.elapsed().as_nanos() * u128::from(self.tsc.hz.unwrap_or(1_000_000_000)) / 1_000_000_000)
+            as u64
     }
 }
 
@@ -107,7 +108,7 @@ struct Machine {
 /// A machine with 4 MiB of RAM, or none where there is no KVM.
 fn machine() -> Option<Machine> {
     let host = match KvmHost::open() {
-        Ok(host) => Arc::new(host),
+        Ok(host) => host,
         Err(error) => {
             println!("SKIP kvm: {error}");
             return None;
@@ -116,19 +117,19 @@ fn machine() -> Option<Machine> {
     let tsc = host.guest_tsc().unwrap();
     let hz = tsc.hz.unwrap_or(1_000_000_000);
     let ram = Ram::new(4 << 20).unwrap();
-    let vm = KvmVm::new(Arc::clone(&host), &ram).unwrap();
+    let vm = Arc::new(KvmVm::new(&host, &ram).unwrap());
     let signal = Arc::new(VcpuSignal::default());
     let seen = Arc::new(Mutex::new(Seen::default()));
     let attention = Arc::clone(&signal.attention);
-    let bus = TestBus { seen: Arc::clone(&seen), attention: Arc::clone(&attention), start: Instant::now(), tsc };
+    let bus =
+        TestBus { seen: Arc::clone(&seen), attention: Arc::clone(&attention), start: Instant::now(), tsc };
     let at = ram.memory.get_host_address(GuestAddress(0)).unwrap();
     let range = RamRange { start: 0, len: 4 << 20, host: at };
     // SAFETY: the range is `ram.memory`'s mapping, which the second argument keeps.
     let memory = unsafe { PhysMemory::new(vec![range], Box::new(Arc::clone(&ram.memory))) };
-    let model = Arc::new(CpuModel::default());
+    let model = Arc::new(CpuModel::default().with_clocks(hz, 25_000_000));
     let cpu = Cpu::new(Arc::new(memory), Box::new(bus), model, attention, 0);
-    let ask = |leaf, subleaf| host.supported_cpuid(leaf, subleaf);
-    let vcpu = KvmVcpu::new(&vm, 0, Arc::clone(&signal), hz, &ask).unwrap();
+    let vcpu = vm.vcpu(0, Arc::clone(&signal), &cpu).unwrap();
     Some(Machine { cpu, vcpu, ram, seen, signal })
 }
 
@@ -244,8 +245,8 @@ fn port_io_of_every_width_and_strings() {
     m.put(0x5000, b"turtles!");
     // out 0x10,al; in al,0x22; mov dx,0x33; in eax,dx; mov si,0x5000; mov cx,4; cld; rep outsw; hlt
     m.real(&[
-        0xb0, 0x41, 0xe6, 0x10, 0xe4, 0x22, 0x88, 0xc3, 0xba, 0x33, 0, 0x66, 0xed, 0xbe, 0, 0x50, 0xb9, 4, 0, 0xfc,
-        0xf3, 0x6f, 0xf4,
+        0xb0, 0x41, 0xe6, 0x10, 0xe4, 0x22, 0x88, 0xc3, 0xba, 0x33, 0, 0x66, 0xed, 0xbe, 0, 0x50, 0xb9, 4, 0,
+        0xfc, 0xf3, 0x6f, 0xf4,
     ]);
     assert_eq!(m.run(), Exit::Halted);
     let seen = lock(&m.seen);
@@ -273,9 +274,7 @@ fn string_input_goes_to_memory() {
 fn mmio_in_ring_0() {
     let Some(mut m) = machine() else { return };
     // mov rdi,MMIO; mov eax,[rdi]; mov [rdi+8],rax; mov byte [rdi+1],0x77; hlt
-    m.long(&[
-        0xbf, 0, 0, 0, 0x40, 0x8b, 0x07, 0x48, 0x89, 0x47, 0x08, 0xc6, 0x47, 0x01, 0x77, 0xf4,
-    ]);
+    m.long(&[0xbf, 0, 0, 0, 0x40, 0x8b, 0x07, 0x48, 0x89, 0x47, 0x08, 0xc6, 0x47, 0x01, 0x77, 0xf4]);
     assert_eq!(m.run(), Exit::Halted);
     assert_eq!(m.gpr(reg::RAX), 0xa3a2_a1a0);
     let wide = 0xa3a2_a1a0u64.to_le_bytes().to_vec();
@@ -362,8 +361,8 @@ fn the_owners_msrs_come_to_the_owner() {
     // mov ecx,0x802; rdmsr; mov esi,eax; mov edi,edx; mov ecx,0x6e0; mov eax,0x11; mov edx,0x22; wrmsr;
     // mov ecx,0x83f (refused); wrmsr
     m.long(&[
-        0xb9, 2, 8, 0, 0, 0x0f, 0x32, 0x89, 0xc6, 0x89, 0xd7, 0xb9, 0xe0, 6, 0, 0, 0xb8, 0x11, 0, 0, 0, 0xba, 0x22, 0, 0,
-        0, 0x0f, 0x30, 0xb9, 0x3f, 8, 0, 0, 0x0f, 0x30, 0x90, 0xf4,
+        0xb9, 2, 8, 0, 0, 0x0f, 0x32, 0x89, 0xc6, 0x89, 0xd7, 0xb9, 0xe0, 6, 0, 0, 0xb8, 0x11, 0, 0, 0, 0xba,
+        0x22, 0, 0, 0, 0x0f, 0x30, 0xb9, 0x3f, 8, 0, 0, 0x0f, 0x30, 0x90, 0xf4,
     ]);
     // handler (#GP): hlt
     m.put(HANDLER, &[0xf4]);
@@ -518,7 +517,10 @@ fn the_whole_state_is_the_same_after_a_hlt() {
     let after = &m.cpu.state;
     assert_eq!(after.rip, before.rip + 1);
     assert_eq!((after.dr, after.dr6, after.dr7), (before.dr, before.dr6, before.dr7));
-    assert_eq!((after.cr0, after.cr2, after.cr3, after.cr4), (before.cr0, before.cr2, before.cr3, before.cr4));
+    assert_eq!(
+        (after.cr0, after.cr2, after.cr3, after.cr4),
+        (before.cr0, before.cr2, before.cr3, before.cr4)
+    );
     assert_eq!((after.efer, after.rflags(), after.cpl), (before.efer, before.rflags(), before.cpl));
     assert_eq!((after.segments, after.tr), (before.segments, before.tr));
     assert_eq!((after.gdtr, after.idtr), (before.gdtr, before.idtr));

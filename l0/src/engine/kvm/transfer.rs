@@ -1,6 +1,8 @@
 //! Moving a vCPU's state between its home, [`turtles_cpu::state::CpuState`], and KVM, as far as it differs.
 
-use kvm_bindings::{KVM_SYNC_X86_VALID_FIELDS, kvm_debugregs, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs};
+use kvm_bindings::{
+    KVM_SYNC_X86_VALID_FIELDS, kvm_debugregs, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs,
+};
 use kvm_ioctls::VcpuFd;
 use turtles_cpu::Cpu;
 use turtles_cpu::attention::Attention;

@@ -82,7 +82,10 @@ impl TscSync {
             let off = msrs::read_one(vcpu, msr::IA32_TSC)?.unwrap_or(0).wrapping_sub(wanted);
             if off > tsc_hz {
                 self.settable = false;
-                log::warn!("this KVM does not let us set the guest's TSC: it is off by {:+} cycles", off as i64);
+                log::warn!(
+                    "this KVM does not let us set the guest's TSC: it is off by {:+} cycles",
+                    off as i64
+                );
             }
         }
         self.last = Some((Instant::now(), adjust));

@@ -128,7 +128,7 @@ pub struct KvmVcpu {
 impl KvmVcpu {
     /// A vCPU with number `index` in `vm`, which others reach through `signal`. `cpuid` answers what the guest's
     /// CPUID shows in the state after reset, by leaf and subleaf; `tsc_hz` is the frequency of its owner's clock.
-    pub fn new(
+    pub(super) fn new(
         vm: &Arc<KvmVm>,
         index: usize,
         signal: Arc<VcpuSignal>,
@@ -437,7 +437,9 @@ impl KvmVcpu {
     pub(super) fn entry_failed(&mut self, reason: u64) -> Next {
         self.stats.entry_failures += 1;
         if !std::mem::replace(&mut self.warned_of_entry, true) {
-            log::warn!("the processor refuses to enter the guest (reason {reason:#x}): the software CPU goes on");
+            log::warn!(
+                "the processor refuses to enter the guest (reason {reason:#x}): the software CPU goes on"
+            );
         }
         Next::Software(self.next_burst())
     }

@@ -7,12 +7,14 @@ use kvm_bindings::{
     KVM_MSR_EXIT_REASON_INVAL, KVM_MSR_EXIT_REASON_UNKNOWN, kvm_enable_cap, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlags, VmFd};
+use turtles_cpu::Cpu;
+use turtles_cpu::cpuid::Dynamic;
 use vm_memory::{GuestAddress, GuestMemoryBackend as _, GuestMemoryMmap};
 
-use super::{KvmHost, failed, msrs};
+use super::{KvmHost, KvmVcpu, failed, msrs};
 use crate::engine::EngineError;
 use crate::memory::{GuestMemory, Ram};
-use crate::vcpu_signal::lock;
+use crate::vcpu_signal::{VcpuSignal, lock};
 
 /// Where Intel's processors without "unrestricted guest" need a page of identity map and three pages of TSS: in the
 /// hole below 4 GiB, above the local APIC and below the firmware, where the guest has nothing.
@@ -24,7 +26,7 @@ const SPARE_SLOT: u32 = 100;
 
 /// A KVM virtual machine over guest RAM.
 pub struct KvmVm {
-    pub(super) host: Arc<KvmHost>,
+    pub(super) host: KvmHost,
     pub(super) fd: VmFd,
     memory: GuestMemory,
     /// Held while the spare slot is there.
@@ -33,7 +35,7 @@ pub struct KvmVm {
 
 impl KvmVm {
     /// A virtual machine with `ram` as its memory and no vCPUs.
-    pub fn new(host: Arc<KvmHost>, ram: &Ram) -> Result<Arc<Self>, EngineError> {
+    pub fn new(host: &KvmHost, ram: &Ram) -> Result<Self, EngineError> {
         let fd = host.kvm.create_vm().map_err(failed("creating a VM"))?;
         // Not every KVM asks for them, and none that can do without minds.
         if let Err(error) = fd.set_identity_map_address(IDENTITY_MAP).and_then(|()| fd.set_tss_address(TSS)) {
@@ -42,7 +44,7 @@ impl KvmVm {
         let spare = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 4096)]).map_err(|error| {
             EngineError::Kvm { what: "mapping a page".into(), source: std::io::Error::other(error) }
         })?;
-        let vm = Self { host, fd, memory: Arc::clone(&ram.memory), spare: Mutex::new(spare) };
+        let vm = Self { host: host.clone(), fd, memory: Arc::clone(&ram.memory), spare: Mutex::new(spare) };
         for (slot, &(start, len, _)) in (0..).zip(&ram.ranges) {
             vm.set_slot(slot, start, len, host_address(&vm.memory, start)?)?;
         }
@@ -50,7 +52,29 @@ impl KvmVm {
         if vm.host.has_exit_on_emulation_failure {
             vm.enable(KVM_CAP_EXIT_ON_EMULATION_FAILURE, 1, "emulation failures")?;
         }
-        Ok(Arc::new(vm))
+        Ok(vm)
+    }
+
+    /// The vCPU with number `index`, whose home is `cpu`, and which others reach through `signal`.
+    pub fn vcpu(
+        self: &Arc<Self>,
+        index: usize,
+        signal: Arc<VcpuSignal>,
+        cpu: &Cpu,
+    ) -> Result<KvmVcpu, EngineError> {
+        let model = cpu.model();
+        let after_reset = Dynamic {
+            apic_id: u32::try_from(index).unwrap_or(u32::MAX),
+            apic_enabled: true,
+            // KVM hides what this mode or that does not show.
+            code64: true,
+            xcr0: cpu.state.xcr0,
+            misc_enable: cpu.state.msrs.misc_enable,
+            ..Dynamic::default()
+        };
+        KvmVcpu::new(self, index, signal, model.tsc_hz(), &|leaf, subleaf| {
+            model.cpuid(leaf, subleaf, &after_reset)
+        })
     }
 
     fn enable(&self, cap: u32, argument: u64, what: &str) -> Result<(), EngineError> {

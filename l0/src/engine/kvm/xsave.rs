@@ -139,7 +139,10 @@ impl XsaveArea {
         read(region, 0, &mut legacy);
         let word = |at: usize| u16::from_le_bytes([legacy[at], legacy[at + 1]]);
         let quad = |at: usize| {
-            u64::from(word(at)) | u64::from(word(at + 2)) << 16 | u64::from(word(at + 4)) << 32 | u64::from(word(at + 6)) << 48
+            u64::from(word(at))
+                | u64::from(word(at + 2)) << 16
+                | u64::from(word(at + 4)) << 32
+                | u64::from(word(at + 6)) << 48
         };
         state.x87.fcw = word(0);
         state.x87.fsw = word(2);
