@@ -201,11 +201,12 @@ impl Cpu {
         let shadow = std::mem::replace(&mut self.state.shadow, Shadow::None);
         let had_rf = self.state.system_flag(rflags::RF);
         self.state.rflags_system &= !rflags::RF;
+        self.step_trap = trap_flag;
         let result = self.execute(&block, 1);
         let trap_flag = std::mem::take(&mut self.single_step);
         match result {
             Ok(()) => {
-                if trap_flag {
+                if self.step_trap {
                     self.state.pending_debug |= dr::DR6_BS;
                 }
                 None

@@ -82,6 +82,8 @@ pub struct Cpu {
     pub(crate) single_step: bool,
     /// The last #GP was raised for a non-canonical address.
     pub(crate) non_canonical: bool,
+    /// The instruction under way is followed by a single-step trap.
+    pub(crate) step_trap: bool,
     /// Return [`Exit::InterruptWindow`] as soon as interrupts can be taken.
     pub want_interrupt_window: bool,
     /// CPU number, for CPUID's APIC ID.
@@ -122,6 +124,7 @@ impl Cpu {
             look_up: true,
             single_step: false,
             non_canonical: false,
+            step_trap: false,
             want_interrupt_window: false,
             apic_id,
         };

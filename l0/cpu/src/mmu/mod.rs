@@ -168,10 +168,10 @@ impl Cpu {
 
     /// Reads with a chosen privilege (stack switches, descriptor tables).
     pub fn read_with(&mut self, linear: u64, data: &mut [u8], privilege: Privilege) -> Exec {
+        self.check_address(linear, data.len())?;
         if privilege == Privilege::User {
             self.check_alignment(linear, data.len())?;
         }
-        self.check_address(linear, data.len())?;
         let mut pieces = [(Place::Mmio(0), 0); 3];
         let count = self.places(linear, data.len(), Access::Read, privilege, &mut pieces)?;
         let mut done = 0;
@@ -190,10 +190,10 @@ impl Cpu {
 
     /// Writes with a chosen privilege; nothing is written if any part would fault.
     pub fn write_with(&mut self, linear: u64, data: &[u8], privilege: Privilege) -> Exec {
+        self.check_address(linear, data.len())?;
         if privilege == Privilege::User {
             self.check_alignment(linear, data.len())?;
         }
-        self.check_address(linear, data.len())?;
         let mut pieces = [(Place::Mmio(0), 0); 3];
         let count = self.places(linear, data.len(), Access::Write, privilege, &mut pieces)?;
         let mut done = 0;
