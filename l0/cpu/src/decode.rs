@@ -3,7 +3,7 @@
 //! Bytes are marked as code before they are read ([`crate::phys::PhysMemory::mark_code`]), so a write that comes
 //! later is noticed.
 
-use iced_x86::{Decoder, FlowControl, Instruction, OpKind};
+use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction, OpKind};
 use x86defs::vector;
 
 use crate::Cpu;
