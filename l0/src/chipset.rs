@@ -26,7 +26,6 @@ use crate::memory::Ram;
 use crate::vcpu_signal::{VcpuSignal, lock};
 use crate::vm::{SerialSink, Stop};
 
-
 const COM1_IRQ: u32 = 4;
 const SCI_IRQ: u32 = 9;
 

@@ -8,8 +8,8 @@ use std::sync::Arc;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use turtles::clock::ClockSource;
 use turtles::config::{
-    DiskConfig, EngineConfig, FlatImage, KernelSource, MachineConfig, Module, NetConfig, SerialConfig, parse_cpus,
-    parse_size,
+    DiskConfig, EngineConfig, FlatImage, KernelSource, MachineConfig, Module, NetConfig, SerialConfig,
+    parse_cpus, parse_size,
 };
 use turtles::console::{self, Output, RawTerminal};
 use turtles::devices::MachineEvent;
@@ -141,7 +141,9 @@ impl RunArgs {
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
     let level = if cli.quiet { "error" } else { "warn" };
-    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or(level)).format_timestamp(None).init();
+    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or(level))
+        .format_timestamp(None)
+        .init();
     match cli.command {
         Command::Run(args) => run(&args, cli.quiet),
         Command::Demo { names } => match demo::run(&names, cli.quiet, &mut std::io::stdout()) {

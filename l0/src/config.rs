@@ -110,7 +110,9 @@ impl FromStr for DiskConfig {
             Some((path, "ro")) => (path, true),
             Some((path, "rw")) => (path, false),
             Some((_, option)) => {
-                return bad(format!("disk option '{option}' is not known; write --disk FILE or --disk FILE,ro"));
+                return bad(format!(
+                    "disk option '{option}' is not known; write --disk FILE or --disk FILE,ro"
+                ));
             }
             None => (text, false),
         };
@@ -178,7 +180,9 @@ impl FromStr for FlatImage {
         let parsed = u64::from_str_radix(digits, 16).ok().zip(bits.parse().ok());
         match parsed {
             Some((address, bits @ (16 | 32 | 64))) => Ok(Self { address, bits }),
-            _ => bad(format!("'{text}' is not a place for a flat image; write --flat 0x100000,32 (or 16, or 64)")),
+            _ => bad(format!(
+                "'{text}' is not a place for a flat image; write --flat 0x100000,32 (or 16, or 64)"
+            )),
         }
     }
 }

@@ -24,7 +24,8 @@ impl Output {
     /// Starts the thread that writes to `sink`.
     pub fn new(sink: Box<dyn Write + Send>) -> io::Result<Self> {
         let (sender, receiver) = channel();
-        let thread = std::thread::Builder::new().name("console".into()).spawn(move || drain(&receiver, sink))?;
+        let thread =
+            std::thread::Builder::new().name("console".into()).spawn(move || drain(&receiver, sink))?;
         Ok(Self { sender: Some(sender), thread: Some(thread) })
     }
 

@@ -88,18 +88,31 @@ impl fmt::Display for CrashReport {
         let s = &self.state;
         let paging = if s.cr0 & cr0::PG != 0 { "paging" } else { "no paging" };
         writeln!(f, "CPU {}: {}, {paging}, CPL {}", self.vcpu, mode_name(s), s.cpl)?;
-        let names =
-            ["RAX", "RCX", "RDX", "RBX", "RSP", "RBP", "RSI", "RDI", "R8 ", "R9 ", "R10", "R11", "R12", "R13", "R14", "R15"];
+        let names = [
+            "RAX", "RCX", "RDX", "RBX", "RSP", "RBP", "RSI", "RDI", "R8 ", "R9 ", "R10", "R11", "R12", "R13",
+            "R14", "R15",
+        ];
         for (i, name) in names.iter().enumerate() {
             write!(f, "  {name} {:016x}{}", s.gpr.get(i), if i % 4 == 3 { "\n" } else { "" })?;
         }
         writeln!(f, "  RIP {:016x}  RFLAGS {:08x}", s.rip, s.rflags())?;
-        writeln!(f, "  CR0 {:08x}  CR2 {:016x}  CR3 {:016x}  CR4 {:08x}  EFER {:x}", s.cr0, s.cr2, s.cr3, s.cr4, s.efer)?;
+        writeln!(
+            f,
+            "  CR0 {:08x}  CR2 {:016x}  CR3 {:016x}  CR4 {:08x}  EFER {:x}",
+            s.cr0, s.cr2, s.cr3, s.cr4, s.efer
+        )?;
         for (name, seg) in ["ES", "CS", "SS", "DS", "FS", "GS"].iter().zip(&s.segments) {
-            writeln!(f, "  {name}  {:04x}  base {:016x}  limit {:08x}  access {:05x}", seg.selector, seg.base, seg.limit, seg.access)?;
+            writeln!(
+                f,
+                "  {name}  {:04x}  base {:016x}  limit {:08x}  access {:05x}",
+                seg.selector, seg.base, seg.limit, seg.access
+            )?;
         }
-        writeln!(f, "  GDT base {:016x} limit {:04x}  IDT base {:016x} limit {:04x}  TR {:04x} base {:016x}",
-            s.gdtr.base, s.gdtr.limit, s.idtr.base, s.idtr.limit, s.tr.selector, s.tr.base)?;
+        writeln!(
+            f,
+            "  GDT base {:016x} limit {:04x}  IDT base {:016x} limit {:04x}  TR {:04x} base {:016x}",
+            s.gdtr.base, s.gdtr.limit, s.idtr.base, s.idtr.limit, s.tr.selector, s.tr.base
+        )?;
         write!(f, "  at {:04x}:{:016x}:", s.seg(Seg::Cs).selector, s.rip)?;
         for byte in self.bytes.iter().take(15) {
             write!(f, " {byte:02x}")?;

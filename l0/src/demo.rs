@@ -104,7 +104,8 @@ fn print_run(out: &mut dyn Write, engine: EngineConfig, run: &GuestRun, quiet: b
         EngineConfig::Kvm => "kvm ",
         EngineConfig::Soft | EngineConfig::Auto => "soft",
     };
-    let (pass, fail, skip) = (run.lines("PASS").count(), run.lines("FAIL").count(), run.lines("SKIP").count());
+    let (pass, fail, skip) =
+        (run.lines("PASS").count(), run.lines("FAIL").count(), run.lines("SKIP").count());
     let verdict = if run.passed() { "ok" } else { "NOT OK" };
     let rate = run.instructions as f64 / run.seconds / 1e6;
     say(

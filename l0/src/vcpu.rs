@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use turtles_cpu::attention::Attention;
 use turtles_cpu::bus::{Bus as CpuBus, MsrRefused};
-use turtles_cpu::state::{Activity, CpuState};
+use turtles_cpu::state::Activity;
 use turtles_cpu::{Cpu, Exit};
 use x86defs::{msr, rflags};
 

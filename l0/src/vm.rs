@@ -134,8 +134,16 @@ impl Machine {
         let signals: Vec<_> = (0..config.cpus).map(|_| Arc::new(VcpuSignal::default())).collect();
         lock(&stop.signals).clone_from(&signals);
         let observer = Arc::new(DmaToCpu(Arc::clone(&physical)));
-        let chipset =
-            Chipset::build(config, &ram, &clock, &signals, Arc::clone(&stop), observer, serial, wall_clock(config))?;
+        let chipset = Chipset::build(
+            config,
+            &ram,
+            &clock,
+            &signals,
+            Arc::clone(&stop),
+            observer,
+            serial,
+            wall_clock(config),
+        )?;
         let start = load(config, &ram)?;
         let mut machine = Self {
             started,

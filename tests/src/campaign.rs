@@ -124,7 +124,11 @@ impl Campaign {
         let entry = self.summary.failures.entry(key).or_insert_with(|| Failure {
             count: 0,
             first: name,
-            report: format!("{}\n  differs (native | software):\n    {}", describe(name, case), lines.join("\n    ")),
+            report: format!(
+                "{}\n  differs (native | software):\n    {}",
+                describe(name, case),
+                lines.join("\n    ")
+            ),
         });
         entry.count += 1;
     }
@@ -156,8 +160,12 @@ pub fn describe(name: Name, case: &Case) -> String {
     let start = &case.start;
     for (i, row) in start.gpr.chunks(4).enumerate() {
         if i < 2 || case.bits == Bits::B64 {
-            let names = [["rax", "rcx", "rdx", "rbx"], ["rsp", "rbp", "rsi", "rdi"], ["r8", "r9", "r10", "r11"],
-                ["r12", "r13", "r14", "r15"]][i];
+            let names = [
+                ["rax", "rcx", "rdx", "rbx"],
+                ["rsp", "rbp", "rsi", "rdi"],
+                ["r8", "r9", "r10", "r11"],
+                ["r12", "r13", "r14", "r15"],
+            ][i];
             let cells: Vec<String> = names.iter().zip(row).map(|(n, v)| format!("{n}={v:#x}")).collect();
             let _ = writeln!(text, "  {}", cells.join(" "));
         }
@@ -165,7 +173,13 @@ pub fn describe(name: Name, case: &Case) -> String {
     let _ = writeln!(
         text,
         "  rflags={} fs={:#x} gs={:#x} fcw={:#x} fsw={:#x} ftw={:#x} mxcsr={:#x}",
-        flags(start.rflags), start.fs_base, start.gs_base, start.fpu.fcw, start.fpu.fsw, start.fpu.ftw, start.fpu.mxcsr
+        flags(start.rflags),
+        start.fs_base,
+        start.gs_base,
+        start.fpu.fcw,
+        start.fpu.fsw,
+        start.fpu.ftw,
+        start.fpu.mxcsr
     );
     let mut factory = iced_x86::InstructionInfoFactory::new();
     for used in factory.info(&first_instruction(case)).used_registers() {

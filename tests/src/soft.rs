@@ -16,8 +16,8 @@ use turtles_cpu::{Cpu, Exit};
 use x86defs::{cr0, cr4, efer, paging, rflags, segment, vector, xcr0};
 
 use crate::case::{
-    Bits, Case, Exception, FIXED_FLAGS, FLAGS, Final, Fpu, HIGH, IMAGE_SIZE, Image, LOW, Outcome, PAGE, PAGES,
-    Registers, Rights, image_index, selector,
+    Bits, Case, Exception, FIXED_FLAGS, FLAGS, Final, Fpu, HIGH, IMAGE_SIZE, Image, LOW, Outcome, PAGE,
+    PAGES, Registers, Rights, image_index, selector,
 };
 use crate::generate::decode_comparable;
 
@@ -68,9 +68,8 @@ impl Drop for Ram {
 fn map_ram() -> Ram {
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
     // SAFETY: a new mapping at an address of the kernel's choice.
-    let at = unsafe {
-        libc::mmap(std::ptr::null_mut(), RAM, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0)
-    };
+    let at =
+        unsafe { libc::mmap(std::ptr::null_mut(), RAM, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0) };
     assert_ne!(at, libc::MAP_FAILED, "1 MiB of memory for the guest");
     Ram(at.cast())
 }
@@ -324,7 +323,10 @@ fn build_tables(memory: &PhysMemory) {
         memory.write(at::STUBS + vector * STUB, &[0xf4, 0xeb, 0xfd]);
         // Linux lets user code reach the gates of INT3 and INTO.
         let dpl = if vector == 3 || vector == 4 { 3 } else { 0 };
-        let low = stub & 0xffff | u64::from(KERNEL_CODE) << 16 | (0x8e | dpl << 5) << 40 | (stub >> 16 & 0xffff) << 48;
+        let low = stub & 0xffff
+            | u64::from(KERNEL_CODE) << 16
+            | (0x8e | dpl << 5) << 40
+            | (stub >> 16 & 0xffff) << 48;
         write(at::IDT + vector * 16, low);
         write(at::IDT + vector * 16 + 8, stub >> 32);
     }

@@ -3,7 +3,7 @@
 //! Bytes are marked as code before they are read ([`crate::phys::PhysMemory::mark_code`]), so a write that comes
 //! later is noticed.
 
-use iced_x86::{Decoder, FlowControl, Instruction, OpKind};
+use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction, OpKind};
 use x86defs::vector;
 
 use crate::Cpu;
@@ -130,7 +130,7 @@ impl Cpu {
     }
 
     /// The op for one instruction, and whether it ends its block.
-    fn lower(&mut self, insn: &Instruction, too_long: bool) -> (Op, bool) {
+    pub(crate) fn lower(&mut self, insn: &Instruction, too_long: bool) -> (Op, bool) {
         let mut op = Op::new(undefined);
         op.at = insn.ip() as u16;
         op.next = insn.next_ip() as u16;
@@ -152,7 +152,8 @@ impl Cpu {
             .or_else(|| interp::bits::lower(insn, &mut op))
             .or_else(|| interp::muldiv::lower(insn, &mut op))
             .or_else(|| interp::stack::lower(insn, &mut op))
-            .or_else(|| interp::string::lower(insn, &mut op));
+            .or_else(|| interp::string::lower(insn, &mut op))
+            .or_else(|| interp::vector::lower(insn, &mut op, flat));
         if let Some(handler) = hot {
             op.handler = handler;
             return (op, ends_block(insn));

@@ -128,10 +128,10 @@ impl Cpu {
         let event = if let Some(event) = self.state.injected.take() {
             event
         } else if self.state.pending_debug != 0 && shadow != Shadow::MovSs {
-            self.attend();
-            self.state.shadow = Shadow::None;
-            self.state.stalls += 1;
-            return if self.deliver_debug_trap() { None } else { self.shut_down() };
+            // Traps after the instruction before: single-step, data and I/O breakpoints, task switch.
+            let hits = std::mem::take(&mut self.state.pending_debug);
+            self.raise_debug(hits);
+            return self.finish_fault();
         } else if attention & Attention::NMI != 0 && !self.state.nmi_blocked && shadow == Shadow::None {
             self.attention.clear(Attention::NMI);
             Event { vector: vector::NMI, kind: EventKind::Nmi, error_code: None, instruction_length: 0 }
@@ -160,10 +160,9 @@ impl Cpu {
         self.attend();
         self.state.stalls += 1;
         self.state.shadow = Shadow::None;
-        if self.deliver_fault() { None } else { self.shut_down() }
-    }
-
-    fn shut_down(&mut self) -> Option<Exit> {
+        if self.deliver_fault() {
+            return None;
+        }
         self.state.activity = Activity::Shutdown;
         Some(Exit::Shutdown)
     }
@@ -197,7 +196,7 @@ impl Cpu {
         if self.hits_code_breakpoint() {
             return self.finish_fault();
         }
-        self.single_step = self.state.system_flag(rflags::TF);
+        let trap_flag = self.state.system_flag(rflags::TF);
         let block = match self.find_block() {
             Ok(block) => block,
             Err(trap) => return self.take_trap(trap),
@@ -207,7 +206,6 @@ impl Cpu {
         self.state.rflags_system &= !rflags::RF;
         self.step_trap = trap_flag;
         let result = self.execute(&block, 1);
-        let trap_flag = std::mem::take(&mut self.single_step);
         match result {
             Ok(()) => {
                 if self.step_trap {

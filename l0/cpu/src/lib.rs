@@ -18,7 +18,6 @@ mod exec;
 mod interp;
 pub mod mmu;
 pub mod native;
-mod offered;
 pub mod op;
 pub mod phys;
 pub mod state;
@@ -78,8 +77,6 @@ pub struct Cpu {
     pub(crate) block_end: usize,
     /// The run loop must look at interrupts, traps and the like before the next block.
     pub(crate) look_up: bool,
-    /// The instruction under way started with RFLAGS.TF set and traps when it is complete.
-    pub(crate) single_step: bool,
     /// The last #GP was raised for a non-canonical address.
     pub(crate) non_canonical: bool,
     /// The instruction under way is followed by a single-step trap.
@@ -122,7 +119,6 @@ impl Cpu {
             linear_base: [0; 8],
             block_end: 0,
             look_up: true,
-            single_step: false,
             non_canonical: false,
             step_trap: false,
             want_interrupt_window: false,

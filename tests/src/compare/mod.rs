@@ -51,8 +51,8 @@ fn exceptions(insn: &Instruction, native: &Final, soft: &Final, lines: &mut Vec<
 /// An exception in words.
 pub fn exception(of: &Final) -> String {
     const NAMES: [&str; 22] = [
-        "#DE", "#DB", "NMI", "#BP", "#OF", "#BR", "#UD", "#NM", "#DF", "?9", "#TS", "#NP", "#SS", "#GP", "#PF", "?15",
-        "#MF", "#AC", "#MC", "#XM", "#VE", "#CP",
+        "#DE", "#DB", "NMI", "#BP", "#OF", "#BR", "#UD", "#NM", "#DF", "?9", "#TS", "#NP", "#SS", "#GP",
+        "#PF", "?15", "#MF", "#AC", "#MC", "#XM", "#VE", "#CP",
     ];
     let e = of.exception;
     let mut text = NAMES.get(usize::from(e.vector)).map_or(format!("vector {}", e.vector), |&n| n.to_owned());
@@ -66,7 +66,8 @@ pub fn exception(of: &Final) -> String {
 }
 
 const GPR_NAMES: [&str; 16] = [
-    "rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15",
+    "rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14",
+    "r15",
 ];
 
 fn registers(insn: &Instruction, native: &Final, soft: &Final, lines: &mut Vec<String>) {
@@ -154,7 +155,12 @@ fn memory(case: &Case, native: &Final, soft: &Final, lines: &mut Vec<String>) {
     let wrong: Vec<usize> =
         (0..native.image.len()).filter(|&i| native.image[i] != soft.image[i] && !open(i)).collect();
     for &i in wrong.iter().take(MOST) {
-        lines.push(format!("memory+{:#x}  {:#04x}  |  {:#04x}", arena_offset(i), native.image[i], soft.image[i]));
+        lines.push(format!(
+            "memory+{:#x}  {:#04x}  |  {:#04x}",
+            arena_offset(i),
+            native.image[i],
+            soft.image[i]
+        ));
     }
     if wrong.len() > MOST {
         lines.push(format!("and {} more bytes of memory", wrong.len() - MOST));

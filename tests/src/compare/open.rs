@@ -85,7 +85,11 @@ pub(super) fn fault_address(insn: &Instruction) -> bool {
 /// Bits of a page fault's error code that are not compared: ARPL writes only if it has something to change, and
 /// whether it asks for the right to write before, the SDM does not say.
 pub(super) fn error_code(insn: &Instruction, native: &Final) -> u32 {
-    if insn.mnemonic() == Mnemonic::Arpl && native.exception.vector == vector::PF { pf_error::WRITE } else { 0 }
+    if insn.mnemonic() == Mnemonic::Arpl && native.exception.vector == vector::PF {
+        pf_error::WRITE
+    } else {
+        0
+    }
 }
 
 /// A gather that faults goes on where it stopped; what mask and destination look like until then is between the
@@ -131,4 +135,3 @@ pub fn flags(insn: &Instruction) -> u64 {
         _ => 0,
     }
 }
-

@@ -3,7 +3,8 @@
 //! displacements, indexes without base.
 
 use iced_x86::{
-    Code, Decoder, DecoderOptions, EncodingKind, MandatoryPrefix, OpCodeInfo, OpCodeTableKind, OpKind, Register,
+    Code, Decoder, DecoderOptions, EncodingKind, MandatoryPrefix, OpCodeInfo, OpCodeTableKind, OpKind,
+    Register,
 };
 
 use super::values;
@@ -167,7 +168,9 @@ pub fn fix(random: &mut Random, bytes: &mut [u8], bits: Bits, ip: u64) {
         && matches!(insn.memory_base(), Register::None | Register::RIP | Register::EIP);
     if at.has_displacement() && absolute {
         let size = insn.memory_size().size() as u64;
-        let low = bits == Bits::B32 || !insn.is_ip_rel_memory_operand() && at.displacement_size() < 8 || ip >> 32 == 0;
+        let low = bits == Bits::B32
+            || !insn.is_ip_rel_memory_operand() && at.displacement_size() < 8
+            || ip >> 32 == 0;
         let mut target = values::target(random, size, size, low);
         if insn.is_ip_rel_memory_operand() {
             target = target & 0xffff_ffff | ip & !0xffff_ffff;

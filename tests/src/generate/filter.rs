@@ -167,13 +167,18 @@ fn comparable(insn: &Instruction, bits: Bits) -> Result<(), String> {
     if loads_segment {
         return Err("loads a segment".to_owned());
     }
-    if matches!(insn.mnemonic(), Mnemonic::Loope | Mnemonic::Loopne) && (insn.has_rep_prefix() || insn.has_repne_prefix()) {
+    if matches!(insn.mnemonic(), Mnemonic::Loope | Mnemonic::Loopne)
+        && (insn.has_rep_prefix() || insn.has_repne_prefix())
+    {
         return Err("a repeat prefix on LOOPcc: some processors let it choose the condition".to_owned());
     }
     if code == Code::Movsxd_r16_rm16 && insn.op1_kind() == OpKind::Memory {
         return Err("MOVSXD with 16-bit operands reads 16 or 32 bits, by vendor".to_owned());
     }
-    if matches!(code, Code::Reservednop_rm16_r16_0F0D | Code::Reservednop_rm32_r32_0F0D | Code::Reservednop_rm64_r64_0F0D) {
+    if matches!(
+        code,
+        Code::Reservednop_rm16_r16_0F0D | Code::Reservednop_rm32_r32_0F0D | Code::Reservednop_rm64_r64_0F0D
+    ) {
         return Err("PREFETCHW without memory: #UD or no operation, by vendor".to_owned());
     }
     if bits == Bits::B32 && matches!(insn.segment_prefix(), Register::FS | Register::GS | Register::CS) {

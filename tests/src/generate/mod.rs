@@ -10,7 +10,9 @@ mod values;
 
 use iced_x86::{Code, Decoder, DecoderOptions, Instruction};
 
-use crate::case::{Bits, CODE, CODE_END, Case, HIGH, IMAGE_CODE, IMAGE_SIZE, Image, LOW, PAGE, Registers, STOP};
+use crate::case::{
+    Bits, CODE, CODE_END, Case, HIGH, IMAGE_CODE, IMAGE_SIZE, Image, LOW, PAGE, Registers, STOP,
+};
 use crate::random::{Random, mix};
 pub use filter::{decode_comparable, forms};
 
@@ -74,12 +76,8 @@ impl std::str::FromStr for Name {
 /// Makes the case of that name; none if the form has no encoding that can be compared (rare, and a property of the
 /// name: some seeds find none).
 pub fn case(name: Name) -> Option<Case> {
-    let mut random = Random::new(mix(&[
-        name.kind as u64,
-        u64::from(name.bits.count()),
-        name.code as u64,
-        name.number,
-    ]));
+    let mut random =
+        Random::new(mix(&[name.kind as u64, u64::from(name.bits.count()), name.code as u64, name.number]));
     match name.kind {
         Kind::Single => single(&mut random, name, false),
         Kind::Mutated => single(&mut random, name, true),

@@ -1,7 +1,9 @@
 //! Registers and memory that an instruction finds something useful in: addresses that lead into the arena, counts
 //! and divisors of a size that does something, memory of the operand's type.
 
-use iced_x86::{Code, Instruction, InstructionInfoFactory, MemorySize, Mnemonic, OpKind, Register, UsedMemory};
+use iced_x86::{
+    Code, Instruction, InstructionInfoFactory, MemorySize, Mnemonic, OpKind, Register, UsedMemory,
+};
 
 use super::values;
 use crate::case::{Bits, CODE, Case, Fpu, HIGH, IMAGE_CODE, IMAGE_SIZE, LOW, XSAVE_SIZE, image_index};
@@ -61,7 +63,9 @@ fn set_up_registers(random: &mut Random, insn: &Instruction, case: &mut Case) {
             let small = random.below(8);
             gpr[2] = random.pick(&[0, 0, u64::MAX, small]);
         }
-        Mnemonic::Bt | Mnemonic::Bts | Mnemonic::Btr | Mnemonic::Btc if insn.op1_kind() == OpKind::Register => {
+        Mnemonic::Bt | Mnemonic::Bts | Mnemonic::Btr | Mnemonic::Btc
+            if insn.op1_kind() == OpKind::Register =>
+        {
             let number = insn.op1_register().full_register().number();
             if random.chance(80) {
                 gpr[number] = random.below(4096).wrapping_sub(2048);
@@ -268,7 +272,12 @@ fn xsave_area(random: &mut Random, insn: &Instruction, address: u64, case: &mut 
         Mnemonic::Xsave | Mnemonic::Xsave64 => {
             open(case, address.wrapping_add(6), 18, LAST_INSTRUCTION);
             open(case, address.wrapping_add(28), 4, MXCSR_MASK);
-            open(case, address.wrapping_add(512), 8, "which components count as initial is the processor's choice");
+            open(
+                case,
+                address.wrapping_add(512),
+                8,
+                "which components count as initial is the processor's choice",
+            );
         }
         _ => open(case, address, XSAVE_SIZE, "what the optimized forms leave out is the processor's choice"),
     }

@@ -8,8 +8,8 @@ use iced_x86::{
 };
 
 use super::{Name, blank, bytes, decode, decode_comparable, forms, put_code, values};
-use crate::compare::open;
 use crate::case::{Bits, CODE, Case, HIGH, LOW, PAGE};
+use crate::compare::open;
 use crate::random::Random;
 
 const MOST: u64 = 12;

@@ -142,7 +142,9 @@ pub fn target(random: &mut Random, size: u64, align: u64, low: bool) -> u64 {
         93 => base + READ_ONLY + page - random.below(size + 1),
         94 => base + random.below(ARENA_SIZE),
         95 => base + crate::case::CODE + random.below(2 * page),
-        96 if !low => random.pick(&[0x8000_0000_0000, 0xffff_7fff_ffff_ffff, 1 << 63]) ^ random.below(1 << 20),
+        96 if !low => {
+            random.pick(&[0x8000_0000_0000, 0xffff_7fff_ffff_ffff, 1 << 63]) ^ random.below(1 << 20)
+        }
         97 if !low => 0x7fff_ffff_fff0 + random.below(32),
         98 if !low => 0xffff_8000_0000_0000 + random.below(1 << 40),
         _ => random.next() & if low { 0xffff_ffff } else { u64::MAX },

@@ -1,6 +1,6 @@
 //! Ports: IN, OUT, INS and OUTS, with IOPL, the TSS's I/O permission bitmap and I/O breakpoints.
 
-use iced_x86::{Instruction, Mnemonic, OpKind, Register};
+use iced_x86::{Instruction, Mnemonic, OpKind};
 use x86defs::{cr4, rflags};
 
 use super::operands::memory_segment;

@@ -2,7 +2,7 @@
 //!
 //! Unsafe island (register file): any `u8` byte offset is in bounds of the file for eight bytes.
 
-use iced_x86::{Instruction, MemorySize, OpKind, Register};
+use iced_x86::{Instruction, OpKind, Register};
 use x86defs::vector;
 
 use crate::Cpu;
@@ -288,13 +288,5 @@ pub(crate) fn address_bits(insn: &Instruction) -> u32 {
         4 if insn.code_size() == iced_x86::CodeSize::Code64 => 32,
         4 => 32,
         _ => 64,
-    }
-}
-
-/// Bytes of the instruction's memory operand.
-pub(crate) fn memory_size(insn: &Instruction) -> usize {
-    match insn.memory_size() {
-        MemorySize::Unknown => 0,
-        size => size.size(),
     }
 }
