@@ -76,7 +76,7 @@ pub(crate) fn cpu() -> Cpu {
 }
 
 fn test_model() -> Arc<CpuModel> {
-    Arc::new(CpuModel)
+    Arc::new(CpuModel::default())
 }
 
 /// Removes a page from the tables of [`cpu`].
