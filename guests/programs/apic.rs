@@ -176,7 +176,7 @@ fn timer_periodic() {
     }
     equal("periodic timer, five times from HLT", count(TIMER), 5);
     apic::write(TIMER_INITIAL, 0);
-    open_for(1_000_000);
+    open_for(10_000_000);
     let stopped = count(TIMER);
     open_for(5_000_000);
     equal("it stops", count(TIMER), stopped);
@@ -348,9 +348,7 @@ fn x2apic() {
     wrmsr(0x83f, LOW.into());
     equal("x2APIC self IPI register", wait_for(LOW, 1), 1);
     let read = |msr: u32| probe!(["rdmsr"], in("ecx") msr, out("eax") _, out("edx") _);
-    let write = |msr: u32, value: u64| {
-        probe!(["wrmsr"], in("ecx") msr, in("eax") value as u32, in("edx") (value >> 32) as u32)
-    };
+    let write = |msr: u32, value: u64| probe!(["wrmsr"], in("ecx") msr, in("eax") value as u32, in("edx") (value >> 32) as u32);
     faulted("x2APIC: DFR does not exist", &read(apic::msr(DFR)), trap::GP, 0, 0);
     faulted("x2APIC: ICR has no second half", &read(apic::msr(ICR_HIGH)), trap::GP, 0, 0);
     faulted("x2APIC: the self IPI register is write-only", &read(0x83f), trap::GP, 0, 0);

@@ -54,7 +54,14 @@ fn op_ran(name: &str, op: &Op) {
 
 fn op_faulted(name: &str, op: &Op, error: u32, address: u64) {
     let holds = op.vector == 14 && op.error == error && op.cr2 == address as u32;
-    check!(name, holds, "vector {} error {:#x} CR2 {:#x}, wanted error {error:#x}", op.vector, op.error, op.cr2);
+    check!(
+        name,
+        holds,
+        "vector {} error {:#x} CR2 {:#x}, wanted error {error:#x}",
+        op.vector,
+        op.error,
+        op.cr2
+    );
 }
 
 fn no_paging() {
@@ -92,7 +99,8 @@ fn paging_32bit() {
     mem::write(table + 4, (page | P) as u32);
     mem::write(page, 0xcafe_f00du32);
     let controls = Controls { cr0: CR0_PAGING, cr3: directory as u32, cr4: 0 };
-    let mut ops = [Op::read(va), Op::read(va + 2 * PAGE), Op::write(va + 2 * PAGE, 0), Op::write(va + PAGE + 8, 1)];
+    let mut ops =
+        [Op::read(va), Op::read(va + 2 * PAGE), Op::write(va + 2 * PAGE, 0), Op::write(va + PAGE + 8, 1)];
     legacy::run(&controls, &mut ops);
     equal("32-bit: a 4 KiB page", ops[0].value, 0xcafe_f00d);
     op_faulted("32-bit: absent page, read", &ops[1], 0, va + 2 * PAGE);
@@ -209,7 +217,12 @@ fn pae_pointer_registers() {
     legacy::run(&controls, &mut ops);
     op_ran("PAE: an edited pointer entry waits for MOV CR3", &ops[2]);
     op_faulted("PAE: MOV CR3 loads the pointer entries", &ops[4], 0, va);
-    check!("PAE: MOV CR3 refuses a reserved bit in a pointer entry", ops[6].vector == 13, "vector {}", ops[6].vector);
+    check!(
+        "PAE: MOV CR3 refuses a reserved bit in a pointer entry",
+        ops[6].vector == 13,
+        "vector {}",
+        ops[6].vector
+    );
     op_faulted("PAE: a refused MOV CR3 changes nothing", &ops[7], 0, va);
 }
 
@@ -276,7 +289,11 @@ fn accessed_and_dirty() {
     equal("a refused write does not set D", mem::read::<u64>(pte) & D, 0);
     paging::set_entry(VA + (2 << 20), 2, BIG | P | W | PS);
     ran("A/D: write to a 2 MiB page", &write(VA + (2 << 20)));
-    equal("a write sets D of a 2 MiB page", mem::read::<u64>(paging::entry_at(VA + (2 << 20), 2)) & (A | D), A | D);
+    equal(
+        "a write sets D of a 2 MiB page",
+        mem::read::<u64>(paging::entry_at(VA + (2 << 20), 2)) & (A | D),
+        A | D,
+    );
     paging::set_pte(VA, page | P | W);
     ran("A/D: prefetch", &probe!(["prefetcht0 [{p}]"], p = in(reg) VA + PAGE));
 }
@@ -313,7 +330,8 @@ fn no_execute() {
     }
     let fetch_fault = |name: &str, error: u32| {
         let fault = call(VA);
-        let holds = fault.is_some_and(|f| f.vector == trap::PF && f.error == error && f.cr2 == VA && f.frame.rip == VA);
+        let holds = fault
+            .is_some_and(|f| f.vector == trap::PF && f.error == error && f.cr2 == VA && f.frame.rip == VA);
         check!(name, holds, "{}", fault.map_or(0, |f| f.error));
     };
     paging::set_pte(VA, page | P | W | NO_EXECUTE);
@@ -511,7 +529,13 @@ fn pcid() {
         return;
     }
     let home = cr3();
-    faulted("PCID: CR3 bit 63 without CR4.PCIDE", &probe!(["mov cr3, {x}"], x = in(reg) home | NO_FLUSH), trap::GP, 0, 0);
+    faulted(
+        "PCID: CR3 bit 63 without CR4.PCIDE",
+        &probe!(["mov cr3, {x}"], x = in(reg) home | NO_FLUSH),
+        trap::GP,
+        0,
+        0,
+    );
     set_cr3(home | 0x18);
     let bits = probe!(["mov cr4, {x}"], x = in(reg) cr4() | CR4_PCIDE);
     set_cr4(cr4() & !CR4_PCIDE);
@@ -604,7 +628,13 @@ fn protection_keys() {
     paging::set_pte(VA, page | P | W | 1 << 59);
     write_pkru(no_access | no_write);
     ran("PKU: supervisor pages have no key", &write(VA));
-    faulted("PKU: WRPKRU with ECX", &probe!(["wrpkru"], in("eax") 0, in("ecx") 1, in("edx") 0), trap::GP, 0, 0);
+    faulted(
+        "PKU: WRPKRU with ECX",
+        &probe!(["wrpkru"], in("eax") 0, in("ecx") 1, in("edx") 0),
+        trap::GP,
+        0,
+        0,
+    );
     write_pkru(0);
     set_cr4(cr4() & !CR4_PKE);
 }

@@ -91,7 +91,8 @@ fn patch_of_the_next_instruction() {
 fn patch_ahead_in_a_loop() {
     // xor eax,eax; mov ecx,100; L: inc byte [rip+d]; add eax, imm8 (patched: 1..100); loop L; ret
     let code = [
-        0x31, 0xc0, 0xb9, 100, 0, 0, 0, 0xfe, 0x05, 0x02, 0, 0, 0, 0x83, 0xc0, 0x00, 0x83, 0xe9, 0x01, 0x75, 0xf2, 0xc3,
+        0x31, 0xc0, 0xb9, 100, 0, 0, 0, 0xfe, 0x05, 0x02, 0, 0, 0, 0x83, 0xc0, 0x00, 0x83, 0xe9, 0x01, 0x75,
+        0xf2, 0xc3,
     ];
     mem::copy(CODE, &code);
     equal("a loop that patches its own immediate", call(CODE), 5050);
@@ -135,7 +136,11 @@ fn moved_by_string() {
     for value in [10u32, 20, 30] {
         mem::copy(mem::FREE, &returning(value));
         let fault = probe!(["rep movsb"], inout("rcx") 6u64 => _, inout("rsi") mem::FREE => _, inout("rdi") CODE + 0x100 => _);
-        check!("code copied by REP MOVSB", fault.is_none() && call(CODE + 0x100) == u64::from(value), "stale at {value}");
+        check!(
+            "code copied by REP MOVSB",
+            fault.is_none() && call(CODE + 0x100) == u64::from(value),
+            "stale at {value}"
+        );
     }
     mem::copy(mem::FREE, &returning(40));
     mem::fill(mem::FREE + 6, 0x90, 2);
@@ -151,7 +156,8 @@ fn moved_by_string() {
 fn data_beside_code() {
     // xor eax,eax; mov ecx,1000; L: add [rip+d], ecx; inc eax; dec ecx; jnz L; ret; data
     let code = [
-        0x31, 0xc0, 0xb9, 0xe8, 0x03, 0, 0, 0x01, 0x0d, 0x07, 0, 0, 0, 0xff, 0xc0, 0xff, 0xc9, 0x75, 0xf4, 0xc3, 0, 0, 0, 0,
+        0x31, 0xc0, 0xb9, 0xe8, 0x03, 0, 0, 0x01, 0x0d, 0x07, 0, 0, 0, 0xff, 0xc0, 0xff, 0xc9, 0x75, 0xf4,
+        0xc3, 0, 0, 0, 0,
     ];
     mem::copy(CODE + 0x400, &code);
     equal("a loop with data on its page", call(CODE + 0x400), 1000);
@@ -216,7 +222,11 @@ fn breakpoint_patch() {
     equal("before the breakpoint", call(CODE), 1);
     mem::write(CODE, 0xccu8);
     let fault = probe!(["call {p}"], p = in(reg) CODE);
-    check!("INT3 over an instruction", fault.is_some_and(|f| f.vector == trap::BP && f.frame.rip == CODE + 1), "no trap");
+    check!(
+        "INT3 over an instruction",
+        fault.is_some_and(|f| f.vector == trap::BP && f.frame.rip == CODE + 1),
+        "no trap"
+    );
     mem::write(CODE, 0xb8u8);
     equal("the instruction is back", call(CODE), 1);
     mem::copy(CODE, &[0x0f, 0x0b]);

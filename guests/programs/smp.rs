@@ -117,7 +117,11 @@ fn locked_counters(cpus: usize) {
             unsafe { asm!("lock bts [{p}], {b}", p = in(reg) &BITS, b = in(reg) bit) };
         }
     });
-    check!("LOCK BTS loses no bit", BITS.iter().all(|word| word.load(Relaxed) == u64::MAX), "bits are missing");
+    check!(
+        "LOCK BTS loses no bit",
+        BITS.iter().all(|word| word.load(Relaxed) == u64::MAX),
+        "bits are missing"
+    );
 }
 
 /// Adds 1 to the low and 3 to the high half.
@@ -251,7 +255,10 @@ static BOTH_OLD: AtomicU64 = AtomicU64::new(0);
 
 /// Each CPU stores to one location and loads the other. Both loads may see the old value, but not with a fence.
 fn store_buffering() {
-    for (fence, name) in ["", "MFENCE between store and load", "a locked instruction between store and load"].iter().enumerate() {
+    for (fence, name) in ["", "MFENCE between store and load", "a locked instruction between store and load"]
+        .iter()
+        .enumerate()
+    {
         FENCE.store(fence as u64, Relaxed);
         BOTH_OLD.store(0, Relaxed);
         smp::run(2, store_buffering_rounds);

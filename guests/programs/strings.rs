@@ -99,12 +99,20 @@ fn overlap() {
     mem::fill(base, 0, 64);
     mem::write(base, 0xa5u8);
     string!("rep movsb", 40, base, base + 1);
-    check!("overlap: a forward move spreads the first byte", (0..41).all(|i| mem::read::<u8>(base + i) == 0xa5), "no");
+    check!(
+        "overlap: a forward move spreads the first byte",
+        (0..41).all(|i| mem::read::<u8>(base + i) == 0xa5),
+        "no"
+    );
     for i in 0..32 {
         mem::write(base + i, i as u8);
     }
     string!("std; rep movsb", 24, base + 23, base + 31);
-    check!("overlap: a backward move keeps the bytes", (0..24).all(|i| mem::read::<u8>(base + 8 + i) == i as u8), "no");
+    check!(
+        "overlap: a backward move keeps the bytes",
+        (0..24).all(|i| mem::read::<u8>(base + 8 + i) == i as u8),
+        "no"
+    );
     for i in 0..64 {
         mem::write(base + i, i as u8);
     }
@@ -211,9 +219,23 @@ fn faults_in_the_middle() {
     let (fault, after) = string!("rep movsb", 100, near_end(SOURCE, 30), FREE + PAGE);
     restart("MOVSB out of a hole", &fault, &after, [70, SOURCE + PAGE, FREE + PAGE + 30], 0, SOURCE + PAGE);
     let (fault, after) = string!("rep movsq", 100, FREE, near_end(TARGET, 20));
-    restart("MOVSQ whose third element crosses", &fault, &after, [98, FREE + 16, TARGET + PAGE - 4], 2, TARGET + PAGE);
+    restart(
+        "MOVSQ whose third element crosses",
+        &fault,
+        &after,
+        [98, FREE + 16, TARGET + PAGE - 4],
+        2,
+        TARGET + PAGE,
+    );
     let (fault, after) = string!("rep stosd", 100, 0, near_end(TARGET, 10));
-    restart("STOSD whose third element crosses", &fault, &after, [98, 0, TARGET + PAGE - 2], 2, TARGET + PAGE);
+    restart(
+        "STOSD whose third element crosses",
+        &fault,
+        &after,
+        [98, 0, TARGET + PAGE - 2],
+        2,
+        TARGET + PAGE,
+    );
     mem::fill(SOURCE, 0, PAGE);
     let (fault, after) = string!("repne scasb", 100, 0, near_end(SOURCE, 10));
     restart("SCASB", &fault, &after, [90, 0, SOURCE + PAGE], 0, SOURCE + PAGE);
@@ -225,20 +247,38 @@ fn faults_in_the_middle() {
     restart_at("MOVSB downwards", &fault, &after, [90, FREE + 190, TARGET - 1], 2, TARGET - 1, 1);
     let (fault, after) = string!("rep movsb", 100, near_end(SOURCE, 12), near_end(TARGET, 12));
     let first = fault.map_or(0, |f| f.cr2);
-    check!("MOVSB with both at the end", after.rcx == 88 && (first == SOURCE + PAGE || first == TARGET + PAGE), "CR2 {first:#x}");
-    check!("the bytes before the fault are moved", same(near_end(SOURCE, 12), near_end(TARGET, 12), 12), "wrong bytes");
+    check!(
+        "MOVSB with both at the end",
+        after.rcx == 88 && (first == SOURCE + PAGE || first == TARGET + PAGE),
+        "CR2 {first:#x}"
+    );
+    check!(
+        "the bytes before the fault are moved",
+        same(near_end(SOURCE, 12), near_end(TARGET, 12), 12),
+        "wrong bytes"
+    );
 }
 
 fn restart(name: &str, fault: &Option<rt::Fault>, after: &After, regs: [u64; 3], error: u32, address: u64) {
     restart_at(name, fault, after, regs, error, address, 0);
 }
 
-fn restart_at(name: &str, fault: &Option<rt::Fault>, after: &After, regs: [u64; 3], error: u32, address: u64, at: u64) {
+fn restart_at(
+    name: &str,
+    fault: &Option<rt::Fault>,
+    after: &After,
+    regs: [u64; 3],
+    error: u32,
+    address: u64,
+    at: u64,
+) {
     let [rcx, rsi, rdi] = regs;
     let (vector, found) = fault.map_or((0, (0, 0, 0)), |f| (f.vector, (f.error, f.cr2, f.at)));
     check!(
         name,
-        vector == trap::PF && found == (error, address, at) && (after.rcx, after.rsi, after.rdi) == (rcx, rsi, rdi),
+        vector == trap::PF
+            && found == (error, address, at)
+            && (after.rcx, after.rsi, after.rdi) == (rcx, rsi, rdi),
         "vector {vector} (error, CR2, offset) {found:x?} RCX {:#x} RSI {:#x} RDI {:#x}, wanted {rcx:#x} {rsi:#x} {rdi:#x}",
         after.rcx,
         after.rsi,
@@ -285,7 +325,14 @@ fn port_strings() {
     let mut rcx = 5u64;
     let mut rdi = TARGET + PAGE - 2;
     let fault = probe!(["rep insb"], in("dx") 0x3ffu16, inout("rdi") rdi, inout("rcx") rcx);
-    restart("REP INSB into a hole", &fault, &After { rcx, rsi: 0, rdi }, [3, 0, TARGET + PAGE], 2, TARGET + PAGE);
+    restart(
+        "REP INSB into a hole",
+        &fault,
+        &After { rcx, rsi: 0, rdi },
+        [3, 0, TARGET + PAGE],
+        2,
+        TARGET + PAGE,
+    );
 }
 
 fn large() {
@@ -297,6 +344,7 @@ fn large() {
     }
     let (_, after) = string!("rep movsq", size / 8, from, to);
     registers("3 MiB: registers", &after, 0, from + size, to + size);
-    let matches = (0..size / PAGE).all(|i| mem::read::<u64>(from + i * PAGE) == mem::read::<u64>(to + i * PAGE));
+    let matches =
+        (0..size / PAGE).all(|i| mem::read::<u64>(from + i * PAGE) == mem::read::<u64>(to + i * PAGE));
     check!("3 MiB: a quadword of each page", matches, "wrong bytes");
 }

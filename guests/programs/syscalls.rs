@@ -6,7 +6,9 @@ use core::arch::global_asm;
 use rt::cpu::*;
 use rt::mem;
 use rt::report::{equal, faulted, ran, skip};
-use rt::tables::{self, CODE64, DATA, DPL3, FLAT_CODE32, FLAT_CODE64, FLAT_DATA, SPARE, USER_CODE32, USER_CODE64, USER_DATA};
+use rt::tables::{
+    self, CODE64, DATA, DPL3, FLAT_CODE32, FLAT_CODE64, FLAT_DATA, SPARE, USER_CODE32, USER_CODE64, USER_DATA,
+};
 use rt::{Fault, check, probe, trap, user};
 
 /// Selectors in the order SYSENTER and SYSEXIT want: ring-0 code, data, ring-3 32-bit code, data, 64-bit code, data.
@@ -59,7 +61,11 @@ fn iret() {
     // 32-bit code: inc eax is one byte there, a REX prefix in 64-bit code.
     user::load(&[0x40, 0x0f, 0x0b]);
     let fault = user::run(&user::Entry { rax: 41, ..user::ENTRY32 });
-    check!("IRETQ to compatibility mode", fault.vector == trap::UD && fault.at == 1 && fault.frame.rax == 42, "{fault}");
+    check!(
+        "IRETQ to compatibility mode",
+        fault.vector == trap::UD && fault.at == 1 && fault.frame.rax == 42,
+        "{fault}"
+    );
     equal("compatibility mode: CS", fault.frame.cs, USER_CODE32.into());
     user::load(&[0x0f, 0x0b]);
     let flags = 0xcd5;
@@ -72,7 +78,9 @@ fn iret() {
         )
     };
     let refused = |name: &str, fault: Option<Fault>, error: u16| {
-        let holds = fault.is_some_and(|f| f.vector == trap::GP && f.error == u32::from(error) && f.frame.cs == u64::from(CODE64));
+        let holds = fault.is_some_and(|f| {
+            f.vector == trap::GP && f.error == u32::from(error) && f.frame.cs == u64::from(CODE64)
+        });
         check!(name, holds, "{}", fault.map_or(0, |f| f.error));
     };
     refused("IRETQ to a data segment", to(DATA, DATA), DATA);
@@ -173,13 +181,18 @@ fn sysret() {
     equal("SYSRETL: RIP", fault.frame.rip, user::CODE);
     let fault = sysret_to(true, 1 << 63, 2);
     // Intel faults in ring 0, before leaving.
-    check!("SYSRETQ to a non-canonical address", fault.vector == trap::GP && fault.frame.cs == u64::from(CODE64), "{fault}");
+    check!(
+        "SYSRETQ to a non-canonical address",
+        fault.vector == trap::GP && fault.frame.cs == u64::from(CODE64),
+        "{fault}"
+    );
     wrmsr(MSR_EFER, rdmsr(MSR_EFER) & !EFER_SCE);
     faulted("UD: SYSRET without EFER.SCE", &probe!([".byte 0x48", "sysret"]), trap::UD, 0, 0);
 }
 
 fn load_fast_descriptors() {
-    let table = [FLAT_CODE64, FLAT_DATA, FLAT_CODE32 | DPL3, FLAT_DATA | DPL3, FLAT_CODE64 | DPL3, FLAT_DATA | DPL3];
+    let table =
+        [FLAT_CODE64, FLAT_DATA, FLAT_CODE32 | DPL3, FLAT_DATA | DPL3, FLAT_CODE64 | DPL3, FLAT_DATA | DPL3];
     for (i, descriptor) in table.into_iter().enumerate() {
         tables::set_descriptor(FAST + 8 * i as u16, descriptor);
     }
@@ -201,7 +214,8 @@ fn sysenter() {
     }
     faulted("SYSENTER with a null SYSENTER_CS", &Some(user::run(&user::ENTRY64)), trap::GP, 0, 0);
     wrmsr(MSR_SYSENTER_CS, FAST.into());
-    let modes = [("SYSENTER from 64-bit mode", &user::ENTRY64), ("SYSENTER from compatibility mode", &user::ENTRY32)];
+    let modes =
+        [("SYSENTER from 64-bit mode", &user::ENTRY64), ("SYSENTER from compatibility mode", &user::ENTRY32)];
     for (name, entry) in modes {
         let fault = user::run(&user::Entry { rflags: 2 | 1, ..*entry });
         let f = fault.frame;
@@ -232,7 +246,13 @@ fn sysexit() {
         check!("SYSEXIT to compatibility mode", f.vector == trap::UD && found == wanted, "{f} {found:x?}");
     }
     wrmsr(MSR_SYSENTER_CS, 0);
-    faulted("SYSEXIT with a null SYSENTER_CS", &probe!(["sysexit"], in("rdx") code, in("rcx") stack), trap::GP, 0, 0);
+    faulted(
+        "SYSEXIT with a null SYSENTER_CS",
+        &probe!(["sysexit"], in("rdx") code, in("rcx") stack),
+        trap::GP,
+        0,
+        0,
+    );
     // sysexit in ring 3
     faulted("SYSEXIT in ring 3", &Some(user::run64(&[0x0f, 0x35])), trap::GP, 0, 0);
 }
@@ -259,11 +279,19 @@ fn fs_gs_base() {
     mem::write(mem::FREE + 0x18, 0xfeed_beefu32);
     let (base, value): (u64, u32);
     // SAFETY: CR4.FSGSBASE is set, and FS is used by nothing else.
-    unsafe { core::arch::asm!("wrfsbase {n}", "rdfsbase {b}", "mov {v:e}, fs:[0x18]", n = in(reg) mem::FREE, b = lateout(reg) base, v = lateout(reg) value) };
+    unsafe {
+        core::arch::asm!("wrfsbase {n}", "rdfsbase {b}", "mov {v:e}, fs:[0x18]", n = in(reg) mem::FREE, b = lateout(reg) base, v = lateout(reg) value)
+    };
     equal("RDFSBASE reads what WRFSBASE wrote", base, mem::FREE);
     equal("WRFSBASE moves the segment", value, 0xfeed_beef);
     equal("WRFSBASE shows in the MSR", rdmsr(MSR_FS_BASE), mem::FREE);
-    faulted("GP: WRGSBASE of a non-canonical address", &probe!(["wrgsbase {x}"], x = in(reg) 1u64 << 63), trap::GP, 0, 0);
+    faulted(
+        "GP: WRGSBASE of a non-canonical address",
+        &probe!(["wrgsbase {x}"], x = in(reg) 1u64 << 63),
+        trap::GP,
+        0,
+        0,
+    );
     // wrfsbase rax; rdfsbase rbx; ud2, in ring 3
     user::load(&[0xf3, 0x48, 0x0f, 0xae, 0xd0, 0xf3, 0x48, 0x0f, 0xae, 0xc3, 0x0f, 0x0b]);
     let fault = user::run(&user::Entry { rax: 0x1234_5678_9000, ..user::ENTRY64 });
@@ -311,7 +339,9 @@ fn far_calls() {
         ["push {ss}", "push {sp}", "push {cs}", "push {ip}", "retfq"],
         ss = in(reg) u64::from(USER_DATA), sp = in(reg) user::ENTRY64.rsp, cs = in(reg) u64::from(USER_CODE64), ip = in(reg) user::CODE
     );
-    let arrived = fault.is_some_and(|f| f.vector == trap::UD && f.frame.cs == u64::from(USER_CODE64) && f.frame.ss == u64::from(USER_DATA));
+    let arrived = fault.is_some_and(|f| {
+        f.vector == trap::UD && f.frame.cs == u64::from(USER_CODE64) && f.frame.ss == u64::from(USER_DATA)
+    });
     check!("far RET to ring 3", arrived, "another outcome");
 }
 
@@ -327,7 +357,11 @@ fn call_gate() {
     user::load(&[0xff, 0x1f]);
     let entry = user::Entry { rdi: user::SCRATCH, ..user::ENTRY64 };
     let fault = user::run(&entry);
-    check!("a call gate leads to ring 0", fault.vector == 0x84 && fault.frame.cs == u64::from(CODE64), "{fault}");
+    check!(
+        "a call gate leads to ring 0",
+        fault.vector == 0x84 && fault.frame.cs == u64::from(CODE64),
+        "{fault}"
+    );
     equal("a call gate takes RSP0", fault.frame.rsp, tables::rsp0() - 32);
     let pushed: [u64; 4] = mem::read(fault.frame.rsp);
     let wanted = [user::CODE + 2, USER_CODE64.into(), entry.rsp, USER_DATA.into()];
@@ -454,7 +488,8 @@ fn flags_by_popf() {
     user::load(&[0x68, 0x02, 0, 0, 0, 0x9d, 0x0f, 0x0b]);
     let fault = user::run(&user::Entry { rflags: 2 | IOPL3, ..user::ENTRY64 });
     equal("POPF in ring 3 keeps IOPL", fault.frame.rflags & 0x3000, 0x3000);
-    let flags = probe!(["push 0x3002", "popfq", "pushfq", "pop rax", "push 2", "popfq", "int 0x91"], out("rax") _);
+    let flags =
+        probe!(["push 0x3002", "popfq", "pushfq", "pop rax", "push 2", "popfq", "int 0x91"], out("rax") _);
     equal("POPF in ring 0 changes IOPL", flags.map_or(0, |f| f.frame.rax & 0x3000), 0x3000);
     // ID can be changed by any ring: push 0x200002; popfq; ud2
     let fault = user::run64(&[0x68, 0x02, 0, 0x20, 0, 0x9d, 0x0f, 0x0b]);

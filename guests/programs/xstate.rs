@@ -133,9 +133,16 @@ fn fxsave() {
     equal("FXSAVE: top of stack", mem::read::<u16>(AREA + 2) >> 11 & 7, 7);
     equal("FXSAVE: abridged tag word", mem::read::<u8>(AREA + 4), 0x80);
     equal("FXSAVE: MXCSR", mem::read::<u32>(AREA + MXCSR), 0x1f80);
-    check!("FXSAVE: MXCSR mask", mem::read::<u32>(AREA + MXCSR_MASK) & 0xffbf == 0xffbf, "{:#x}", mem::read::<u32>(AREA + MXCSR_MASK));
+    check!(
+        "FXSAVE: MXCSR mask",
+        mem::read::<u32>(AREA + MXCSR_MASK) & 0xffbf == 0xffbf,
+        "{:#x}",
+        mem::read::<u32>(AREA + MXCSR_MASK)
+    );
     equal("FXSAVE: ST(0)", st(AREA + ST0), ONE);
-    for (name, register, at) in [("FXSAVE: XMM0", 0, 0), ("FXSAVE: XMM1", 1, 16), ("FXSAVE: XMM7", 7, 32), ("FXSAVE: XMM15", 15, 48)] {
+    for (name, register, at) in
+        [("FXSAVE: XMM0", 0, 0), ("FXSAVE: XMM1", 1, 16), ("FXSAVE: XMM7", 7, 32), ("FXSAVE: XMM15", 15, 48)]
+    {
         equal(name, mem::read::<u128>(AREA + XMM0 + register * 16), pattern(at));
     }
     ran("FXRSTOR", &restore_and_look!("fxrstor64", 0, AREA));
@@ -230,9 +237,21 @@ fn xcr0() {
     faulted("XSETBV with AVX and no SSE", &try_xsetbv(0, X87 | AVX_STATE), trap::GP, 0, 0);
     faulted("XSETBV with a reserved bit", &try_xsetbv(0, X87 | SSE | 1 << 62), trap::GP, 0, 0);
     faulted("XSETBV of another register", &try_xsetbv(1, X87), trap::GP, 0, 0);
-    faulted("XGETBV of an unknown register", &probe!(["xgetbv"], in("ecx") 9, out("eax") _, out("edx") _), trap::GP, 0, 0);
+    faulted(
+        "XGETBV of an unknown register",
+        &probe!(["xgetbv"], in("ecx") 9, out("eax") _, out("edx") _),
+        trap::GP,
+        0,
+        0,
+    );
     // xor ecx,ecx; xgetbv; xsetbv
-    faulted("XSETBV in ring 3, after XGETBV", &Some(user::run64(&[0x31, 0xc9, 0x0f, 0x01, 0xd0, 0x0f, 0x01, 0xd1])), trap::GP, 0, 5);
+    faulted(
+        "XSETBV in ring 3, after XGETBV",
+        &Some(user::run64(&[0x31, 0xc9, 0x0f, 0x01, 0xd0, 0x0f, 0x01, 0xd1])),
+        trap::GP,
+        0,
+        5,
+    );
     ran("XSETBV", &try_xsetbv(0, X87 | SSE));
     equal("XGETBV reads it back", xgetbv(0), X87 | SSE);
     equal("CPUID: size of the enabled state", cpuid(0xd, 0).ebx, 576);
@@ -355,7 +374,13 @@ fn xsavec() {
         out("xmm13") _, out("xmm14") _, out("xmm15") _
     );
     ran("XSAVEC of the initial state", &fault);
-    equal("XSAVEC: initial state is not saved", mem::read::<u64>(AREA + HEADER), 0);
+    // A processor may still call a state in use that has its initial value.
+    let saved = mem::read::<u64>(AREA + HEADER) & SSE != 0;
+    check!(
+        "XSAVEC: initial state is not saved, or is zero",
+        !saved || mem::read::<u128>(AREA + XMM0) == 0,
+        "not zero"
+    );
     if XGETBV1.or_skip("XGETBV 1") {
         equal("XGETBV 1 shows no unknown state", xgetbv(1) & !xgetbv(0), 0);
     }

@@ -80,7 +80,8 @@ pub fn run(controls: &Controls, ops: &mut [Op]) {
     }
     for vector in 0..32u64 {
         let has_error = matches!(vector, 8 | 10..=14 | 17);
-        let entry = if has_error { &raw const legacy_error as u64 } else { &raw const legacy_no_error as u64 };
+        let entry =
+            if has_error { &raw const legacy_error as u64 } else { &raw const legacy_no_error as u64 };
         let gate = entry & 0xffff | u64::from(CODE32) << 16 | 0x8e << 40 | (entry >> 16) << 48;
         mem::write(IDT32.address() + vector * 8, gate);
     }
@@ -104,6 +105,7 @@ pub fn change_paging(root: u64, cr4: u64) {
 global_asm!(
     r#"
     .section .text.legacy
+    .globl legacy_run, legacy_change_paging
     # In: EDI controls, ESI first operation, EDX end, ECX IDT.
 legacy_run:
     pushq %rbx

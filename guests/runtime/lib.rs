@@ -17,6 +17,8 @@ pub mod legacy;
 pub mod mem;
 pub mod paging;
 pub mod pic;
+pub mod protected;
+pub mod real;
 pub mod report;
 pub mod serial;
 pub mod smp;

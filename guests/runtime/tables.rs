@@ -16,8 +16,9 @@ pub const USER_CODE64: u16 = 0x33;
 pub const TSS: u16 = 0x38;
 /// First spare slot for cases.
 pub const SPARE: u16 = 0x48;
-/// End of the spare slots; TSS descriptors of the other CPUs follow.
-pub const SPARE_END: u16 = 0x180;
+/// End of the spare slots; two for real mode follow, then the TSS descriptors of the other CPUs.
+pub const SPARE_END: u16 = 0x170;
+const OTHER_TSS: u16 = 0x180;
 
 pub const MAX_CPUS: usize = 8;
 const STACK: usize = 16 * 1024;
@@ -164,7 +165,7 @@ pub fn load(cpu: usize) {
 
 /// Loads TR of this CPU, again if need be: the descriptor is made available first.
 pub fn load_task_register(cpu: usize) {
-    let selector = if cpu == 0 { TSS } else { SPARE_END + 16 * (cpu as u16 - 1) };
+    let selector = if cpu == 0 { TSS } else { OTHER_TSS + 16 * (cpu as u16 - 1) };
     write_tss_descriptor(selector, tss_address(cpu));
     // SAFETY: the TSS is static and complete.
     unsafe { asm!("ltr {:x}", in(reg) selector) };

@@ -92,6 +92,7 @@ pub fn run32(code: &[u8]) -> Fault {
 global_asm!(
     r#"
     .section .text.user
+    .globl iret_entry
 iret_entry:
     push rbx
     push rbp

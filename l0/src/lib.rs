@@ -1,6 +1,23 @@
+//! `turtles`: a virtual machine monitor whose virtualization is its own.
+//!
+//! - [`vm`] builds a machine from a [`config`] and runs it; [`vcpu`] is one vCPU's loop
+//! - [`engine`] executes vCPUs: the software CPU (crate `turtles_cpu`) or the host's KVM
+//! - [`devices`] are the PC's chips, wired in [`chipset`]; [`clock`] is guest time, [`memory`] guest RAM
+//! - [`boot`] puts kernels into memory
+//! - [`demo`], [`doctor`], [`crash`], [`console`] are what a person sees
+
 pub mod boot;
+pub mod chipset;
 pub mod clock;
+pub mod config;
+pub mod console;
+pub mod crash;
+pub mod demo;
 pub mod devices;
+pub mod doctor;
 pub mod engine;
+pub mod error;
 pub mod memory;
+pub mod vcpu;
 pub mod vcpu_signal;
+pub mod vm;

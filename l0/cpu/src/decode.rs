@@ -3,12 +3,12 @@
 //! Bytes are marked as code before they are read ([`crate::phys::PhysMemory::mark_code`]), so a write that comes
 //! later is noticed.
 
-use iced_x86::{Decoder, FlowControl, Instruction, OpKind};
+use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction, OpKind};
 use x86defs::vector;
 
 use crate::Cpu;
 use crate::block::{Block, MAX_BLOCK, key};
-use crate::interp::operands::{address_bits, offset_of, segment_of};
+use crate::interp::operands::{address_bits, memory_segment, offset_of};
 use crate::interp::{self};
 use crate::op::{Cold, ColdHandler, Op};
 use crate::phys::CodePage;
@@ -88,11 +88,14 @@ impl Cpu {
             if insn.is_invalid()
                 && end - at < MAX_LENGTH
                 && decoder.last_error() == iced_x86::DecoderError::NoMoreBytes
+                && can_continue(self.code_bits, &bytes[at..end])
             {
                 // It goes on in the next page: a block of its own.
                 break;
             }
-            let too_long = insn.is_invalid() && decoder.last_error() == iced_x86::DecoderError::NoMoreBytes;
+            let too_long = insn.is_invalid()
+                && end - at == MAX_LENGTH
+                && decoder.last_error() == iced_x86::DecoderError::NoMoreBytes;
             if starts_block(&insn) && builder.count > 0 {
                 break;
             }
@@ -174,12 +177,28 @@ impl Cpu {
     }
 }
 
+/// Whether `start` can be the start of an instruction: one whose opcode is undefined whatever follows is #UD at once,
+/// and its next byte is not fetched. (The decoder asks for a ModRM byte first.)
+fn can_continue(bits: u32, start: &[u8]) -> bool {
+    // A VEX or EVEX prefix: which opcodes are defined depends on more than the next byte.
+    if start.iter().any(|byte| matches!(byte, 0xc4 | 0xc5 | 0x62)) {
+        return true;
+    }
+    let mut bytes = [0; MAX_LENGTH];
+    let len = start.len().min(MAX_LENGTH - 1);
+    bytes[..len].copy_from_slice(&start[..len]);
+    (0..=255).any(|next| {
+        bytes[len] = next;
+        !Decoder::new(bits, &bytes, DecoderOptions::NONE).decode().is_invalid()
+    })
+}
+
 /// Fills in the memory operand's parts.
 fn memory_operand(insn: &Instruction, op: &mut Op) {
     if !(0..insn.op_count()).any(|i| insn.op_kind(i) == OpKind::Memory) {
         return;
     }
-    op.seg = segment_of(insn.memory_segment()) as u8;
+    op.seg = memory_segment(insn) as u8;
     op.address_bits = address_bits(insn) as u8;
     if insn.is_ip_rel_memory_operand() {
         // iced added the instruction's address, which is its offset in the block.

@@ -42,7 +42,7 @@ impl Cpu {
     fn run_until(&mut self, limit: u64) -> Exit {
         loop {
             if self.look_up || self.attention.get() != 0 {
-                match self.look_up(limit) {
+                match self.between_instructions(limit) {
                     Next::Blocks => {}
                     Next::One => {
                         if let Some(exit) = self.one_instruction() {
@@ -80,7 +80,7 @@ impl Cpu {
     }
 
     /// Everything that happens between instructions, in the order of "Priority Among Concurrent Events".
-    fn look_up(&mut self, limit: u64) -> Next {
+    fn between_instructions(&mut self, limit: u64) -> Next {
         let attention = self.attention.get();
         if attention & Attention::FORGET_WRITES != 0 {
             self.tlb.forget_writes();
@@ -128,7 +128,10 @@ impl Cpu {
         let event = if let Some(event) = self.state.injected.take() {
             event
         } else if self.state.pending_debug != 0 && shadow != Shadow::MovSs {
-            return self.deliver_debug_trap();
+            // Traps after the instruction before: single-step, data and I/O breakpoints, task switch.
+            let hits = std::mem::take(&mut self.state.pending_debug);
+            self.raise_debug(hits);
+            return self.finish_fault();
         } else if attention & Attention::NMI != 0 && !self.state.nmi_blocked && shadow == Shadow::None {
             self.attention.clear(Attention::NMI);
             Event { vector: vector::NMI, kind: EventKind::Nmi, error_code: None, instruction_length: 0 }
@@ -139,7 +142,7 @@ impl Cpu {
             if attention & Attention::INTERRUPT == 0 {
                 return None;
             }
-            let vector = self.bus.acknowledge_interrupt()?;
+            let vector = self.bus().acknowledge_interrupt()?;
             Event { vector, kind: EventKind::ExternalInterrupt, error_code: None, instruction_length: 0 }
         } else {
             return None;
@@ -150,14 +153,6 @@ impl Cpu {
             Ok(()) => None,
             Err(trap) => self.take_trap(trap),
         }
-    }
-
-    /// Traps after the instruction before: single-step, data and I/O breakpoints, task switch.
-    fn deliver_debug_trap(&mut self) -> Option<Exit> {
-        let hits = std::mem::take(&mut self.state.pending_debug);
-        self.state.dr6 = self.state.dr6 & !0xf | hits;
-        self.fault = Fault::plain(vector::DB);
-        self.finish_fault()
     }
 
     fn finish_fault(&mut self) -> Option<Exit> {
@@ -198,7 +193,7 @@ impl Cpu {
         if self.hits_code_breakpoint() {
             return self.finish_fault();
         }
-        self.single_step = self.state.system_flag(rflags::TF);
+        let trap_flag = self.state.system_flag(rflags::TF);
         let block = match self.find_block() {
             Ok(block) => block,
             Err(trap) => return self.take_trap(trap),
@@ -206,11 +201,11 @@ impl Cpu {
         let shadow = std::mem::replace(&mut self.state.shadow, Shadow::None);
         let had_rf = self.state.system_flag(rflags::RF);
         self.state.rflags_system &= !rflags::RF;
+        self.step_trap = trap_flag;
         let result = self.execute(&block, 1);
-        let trap_flag = std::mem::take(&mut self.single_step);
         match result {
             Ok(()) => {
-                if trap_flag {
+                if self.step_trap {
                     self.state.pending_debug |= dr::DR6_BS;
                 }
                 None
@@ -251,8 +246,7 @@ impl Cpu {
             }
         }
         if hits != 0 {
-            self.state.dr6 = self.state.dr6 & !0xf | hits;
-            self.fault = Fault::plain(vector::DB);
+            self.raise_debug(hits);
         }
         hits != 0
     }

@@ -77,10 +77,10 @@ pub struct Cpu {
     pub(crate) block_end: usize,
     /// The run loop must look at interrupts, traps and the like before the next block.
     pub(crate) look_up: bool,
-    /// The instruction under way started with RFLAGS.TF set and traps when it is complete.
-    pub(crate) single_step: bool,
     /// The last #GP was raised for a non-canonical address.
     pub(crate) non_canonical: bool,
+    /// The instruction under way is followed by a single-step trap.
+    pub(crate) step_trap: bool,
     /// Return [`Exit::InterruptWindow`] as soon as interrupts can be taken.
     pub want_interrupt_window: bool,
     /// CPU number, for CPUID's APIC ID.
@@ -119,8 +119,8 @@ impl Cpu {
             linear_base: [0; 8],
             block_end: 0,
             look_up: true,
-            single_step: false,
             non_canonical: false,
+            step_trap: false,
             want_interrupt_window: false,
             apic_id,
         };

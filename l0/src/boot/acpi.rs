@@ -1,7 +1,7 @@
 //! ACPI tables: what the machine is made of, for guests that ask. Here also stand the addresses, ports and
 //! values the tables promise; the devices use these constants, so table and chip cannot disagree.
 //!
-//! Tables lie in the BIOS area (0xE0000 to 0xFFFFF), where a guest that was handed no pointer looks for the RSDP.
+//! Tables lie in the BIOS area (0xE0000 to 0xEFFFF), where a guest that was handed no pointer looks for the RSDP.
 //! Interrupt inputs are those of one I/O APIC: ISA IRQs on 0 to 15 with the timer on 2, PCI on 16 to 23.
 //!
 //! Must not know: devices' code, image formats.
@@ -29,13 +29,12 @@ pub const PM_TIMER_PORT: u16 = 0x608;
 pub const PM_TIMER_LEN: u8 = 4;
 /// A write of [`ACPI_ENABLE`] here sets SCI_EN in the PM1a control register, of [`ACPI_DISABLE`] clears it.
 pub const SMI_COMMAND_PORT: u16 = 0xb2;
-pub const ACPI_ENABLE: u8 = 0xf1;
-pub const ACPI_DISABLE: u8 = 0xf0;
+pub use crate::devices::acpi_pm::{ACPI_DISABLE, ACPI_ENABLE};
 /// A write of [`RESET_VALUE`] here resets the machine.
 pub const RESET_PORT: u16 = 0xcf9;
 pub const RESET_VALUE: u8 = 6;
 /// SLP_TYP of S5, soft off.
-pub const SLP_TYP_S5: u8 = 5;
+pub use crate::devices::acpi_pm::S5_SLEEP_TYPE as SLP_TYP_S5;
 /// The system control interrupt: level-triggered.
 pub const SCI_IRQ: u8 = 9;
 
@@ -60,7 +59,7 @@ pub const HPET_BLOCK_ID: u32 = 0x8086_a201;
 
 /// Tables lie between these.
 const AREA_START: u64 = 0xe_0000;
-const AREA_END: u64 = 0x10_0000;
+const AREA_END: u64 = 0xf_0000;
 const OEM_ID: [u8; 6] = *b"TURTLE";
 const OEM_TABLE_ID: [u8; 8] = *b"TURTLES ";
 const OEM_REVISION: u32 = 1;

@@ -91,7 +91,7 @@ fn isa_devices(aml: &mut Vec<u8>) {
 fn pci_host_bridge(pci_mmio64: (u64, u64), aml: &mut Vec<u8>) {
     let hid = name("_HID", &EISAName::new("PNP0A08"));
     let cid = name("_CID", &EISAName::new("PNP0A03"));
-    let numbers = ["_UID", "_ADR", "_SEG", "_BBN"].map(|path| name(path, &0u8));
+    let numbers = ["_UID", "_SEG", "_BBN"].map(|path| name(path, &0u8));
     let resources = pci_windows(pci_mmio64);
     let routing = name("_PRT", &pci_routing());
     let mut children: Vec<&dyn Aml> = vec![&hid, &cid];

@@ -6,12 +6,16 @@
 //!
 //! Must not know: image formats, boot protocols.
 
-use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::ops::Range;
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
 
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{
+    Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryMmap, GuestMemoryRegion,
+};
+use vmm_sys_util::fallocate::{FallocateMode, fallocate};
 
 use super::error::BootError;
 use crate::memory::{HIGH_RAM_START, LOW_RAM_END};
@@ -23,20 +27,29 @@ pub const TABLES_START: u64 = 0x1_0000;
 /// RAM for everyone starts again here.
 pub const EXTENDED_START: u64 = 0x10_0000;
 pub const PAGE: u64 = 4096;
+/// From this size on, guest memory is written through its file.
+const BULK: usize = 64 << 10;
 
-/// Bytes to put into the guest, wherever they are.
-pub enum Payload<'a> {
-    /// In our memory.
-    Bytes(Cow<'a, [u8]>),
-    /// In a regular file, of this size; goes to guest memory without a copy in ours.
-    File(File, u64),
+/// A regular file of known length.
+pub struct FileSource {
+    pub file: File,
+    pub path: PathBuf,
+    pub len: u64,
 }
 
-impl Payload<'_> {
+/// Bytes to put into the guest, wherever they are.
+pub enum Payload {
+    /// In our memory.
+    Bytes(Vec<u8>),
+    /// In a file; goes to guest memory without a copy of the whole in ours.
+    File(FileSource),
+}
+
+impl Payload {
     pub fn len(&self) -> u64 {
         match self {
             Self::Bytes(bytes) => bytes.len() as u64,
-            Self::File(_, len) => *len,
+            Self::File(source) => source.len,
         }
     }
 }
@@ -166,10 +179,25 @@ impl<'m> Layout<'m> {
     }
 
     /// Writes bytes; the caller claimed them.
+    ///
+    /// Much goes through the memory file: a page that is written there is made without a page fault of ours, and
+    /// those are most of the time it takes to load a kernel.
     pub fn write(&self, at: u64, bytes: &[u8], what: &str) -> Result<(), BootError> {
-        self.memory
-            .write_slice(bytes, GuestAddress(at))
-            .map_err(|source| BootError::GuestMemory { what: what.to_string(), source })
+        let error = |source| BootError::GuestMemory { what: what.to_string(), source };
+        if bytes.len() >= BULK {
+            if let Some((file, offset)) = self.file_at(at, bytes.len() as u64) {
+                return file.write_all_at(bytes, offset).map_err(|e| error(GuestMemoryError::IOError(e)));
+            }
+        }
+        self.memory.write_slice(bytes, GuestAddress(at)).map_err(error)
+    }
+
+    /// The memory file, if there is one, and where in it the `len` bytes at `at` are.
+    fn file_at(&self, at: u64, len: u64) -> Option<(&File, u64)> {
+        let (region, offset) = self.memory.to_region_addr(GuestAddress(at))?;
+        region.len().checked_sub(offset.0).filter(|&rest| len <= rest)?;
+        let file = region.file_offset()?;
+        Some((file.file(), file.start().checked_add(offset.0)?))
     }
 
     /// Reads back what was written.
@@ -179,23 +207,17 @@ impl<'m> Layout<'m> {
             .map_err(|source| BootError::GuestMemory { what: what.to_string(), source })
     }
 
-    /// What a BIOS leaves in its data area: COM1, the size of conventional memory, where the extended data area
-    /// (which begins with its size) is. Nobody claims it, so an image may be loaded over it.
-    pub fn write_bios_data(&self) -> Result<(), BootError> {
-        const COM1: u16 = 0x3f8;
-        let what = "the BIOS data area";
-        self.write(0x400, &COM1.to_le_bytes(), what)?;
-        self.write(0x40e, &((CONVENTIONAL_END >> 4) as u16).to_le_bytes(), what)?;
-        self.write(0x413, &((CONVENTIONAL_END >> 10) as u16).to_le_bytes(), what)?;
-        self.write(CONVENTIONAL_END, &[1], what)
-    }
-
-    /// Writes zeroes; the caller claimed them.
+    /// Writes zeroes; the caller claimed them. In a memory file this costs nothing however much it is.
     pub fn zero(&self, at: u64, len: u64, what: &str) -> Result<(), BootError> {
-        const ZEROES: [u8; 64 << 10] = [0; 64 << 10];
+        static ZEROES: [u8; BULK] = [0; BULK];
+        if let Some((file, offset)) = self.file_at(at, len).filter(|_| len != 0) {
+            if fallocate(file, FallocateMode::PunchHole, true, offset, len).is_ok() {
+                return Ok(());
+            }
+        }
         let mut done = 0;
         while done < len {
-            let step = (len - done).min(ZEROES.len() as u64);
+            let step = (len - done).min(BULK as u64);
             self.write(at + done, &ZEROES[..step as usize], what)?;
             done += step;
         }
@@ -203,14 +225,34 @@ impl<'m> Layout<'m> {
     }
 
     /// Writes a payload; the caller claimed its range.
-    pub fn write_payload(&self, at: u64, payload: &mut Payload, what: &str) -> Result<(), BootError> {
+    pub fn write_payload(&self, at: u64, payload: &Payload, what: &str) -> Result<(), BootError> {
         match payload {
             Payload::Bytes(bytes) => self.write(at, bytes, what),
-            Payload::File(file, len) => self
-                .memory
-                .read_exact_volatile_from(GuestAddress(at), file, *len as usize)
-                .map_err(|source| BootError::GuestMemory { what: what.to_string(), source }),
+            Payload::File(source) => self.write_file(at, source, 0..source.len, what),
         }
+    }
+
+    /// Writes a part of a file; the caller claimed its range.
+    pub fn write_file(
+        &self,
+        at: u64,
+        source: &FileSource,
+        part: Range<u64>,
+        what: &str,
+    ) -> Result<(), BootError> {
+        let mut buffer = vec![0; 4 * BULK];
+        let mut from = part.start;
+        while from < part.end {
+            let step = (part.end - from).min(buffer.len() as u64);
+            let chunk = &mut buffer[..step as usize];
+            source
+                .file
+                .read_exact_at(chunk, from)
+                .map_err(|error| BootError::Read { path: source.path.clone(), source: error })?;
+            self.write(at + (from - part.start), chunk, what)?;
+            from += step;
+        }
+        Ok(())
     }
 }
 

@@ -6,6 +6,8 @@
 //!
 //! Must not know: other boot protocols.
 
+use std::ops::Range;
+
 use linux_loader::loader::bootparam::{E820_MAX_ENTRIES_ZEROPAGE, boot_e820_entry, boot_params};
 use vm_memory::ByteValued;
 
@@ -16,6 +18,8 @@ use super::state::{BootState, Protocol, gpr};
 use super::{Guest, MemoryKind};
 use crate::memory::LOW_RAM_END;
 
+/// This much of a file has the whole setup header, and tells Linux from other formats.
+pub const HEAD: u64 = 4096;
 const HEADER_START: u64 = 0x1f1;
 const JUMP_OFFSET: u64 = 0x201;
 const HEADER_MAGIC: u64 = 0x202;
@@ -60,8 +64,9 @@ pub fn is_linux(image: &Image) -> bool {
 }
 
 impl SetupHeader {
-    /// Reads and checks the header of a file that [`is_linux`].
-    pub fn parse(image: &Image) -> Result<Self, BootError> {
+    /// Reads and checks the header of a file that [`is_linux`]; of the file's `len` bytes, the image has at least
+    /// the header.
+    pub fn parse(image: &Image, len: u64) -> Result<Self, BootError> {
         let short = || image.truncated("the setup header", HEADER_LIMIT);
         let version = image.u16(0x206).ok_or_else(short)?;
         if version < OLDEST {
@@ -70,7 +75,7 @@ impl SetupHeader {
         if image.len() < HEADER_LIMIT {
             return Err(short());
         }
-        Self::fields(image, version).ok_or_else(short)?.checked(image)
+        Self::fields(image, version).ok_or_else(short)?.checked(image, len)
     }
 
     /// None if the file is too short.
@@ -98,14 +103,15 @@ impl SetupHeader {
         })
     }
 
-    fn checked(self, image: &Image) -> Result<Self, BootError> {
+    fn checked(self, image: &Image, len: u64) -> Result<Self, BootError> {
         if image.u8(0x211).is_none_or(|flags| flags & LOADED_HIGH == 0) {
             return Err(image.unsupported("it is a zImage, which loads below 1M: build a bzImage"));
         }
         let end = self.payload_start + self.payload_len;
         // The size is in whole paragraphs; the last may be cut.
-        if end >= image.len() + 16 {
-            return Err(image.truncated("the kernel", end));
+        if end >= len + 16 {
+            let name = image.name.to_string();
+            return Err(BootError::Truncated { name, what: "the kernel", needs: end, has: len });
         }
         if self.payload_len == 0 {
             return Err(image.damaged("its header says the kernel has no bytes"));
@@ -119,11 +125,9 @@ impl SetupHeader {
         Ok(self)
     }
 
-    /// The kernel's bytes, from its 32-bit entry point on.
-    fn payload<'a>(&self, image: &Image<'a>) -> Result<&'a [u8], BootError> {
-        let len = self.payload_len.min(image.len().saturating_sub(self.payload_start));
-        let needs = self.payload_start + self.payload_len;
-        image.slice(self.payload_start, len).ok_or_else(|| image.truncated("the kernel", needs))
+    /// Where in a file of `len` bytes the kernel is, from its 32-bit entry point on.
+    fn payload(&self, len: u64) -> Range<u64> {
+        self.payload_start..(self.payload_start + self.payload_len).min(len)
     }
 
     /// Where the kernel goes, and the end of what it uses while it decompresses.
@@ -145,7 +149,7 @@ impl SetupHeader {
 }
 
 /// Loads the kernel and all that belongs to it.
-pub fn load(layout: &mut Layout, guest: &mut Guest, header: &SetupHeader) -> Result<BootState, BootError> {
+pub fn load(layout: &mut Layout, guest: &Guest, header: &SetupHeader) -> Result<BootState, BootError> {
     let image = guest.image;
     if !guest.modules.is_empty() {
         return Err(image.unsupported("Linux takes no modules, only one initrd: use --initrd"));
@@ -158,7 +162,15 @@ pub fn load(layout: &mut Layout, guest: &mut Guest, header: &SetupHeader) -> Res
     let (start, end) = header.place(&image)?;
     let what = format!("the kernel {}", image.name);
     layout.claim(start, end - start, &what)?;
-    layout.write(start, header.payload(&image)?, &what)?;
+    match &guest.kernel_file {
+        Some(file) => layout.write_file(start, file, header.payload(file.len), &what)?,
+        None => {
+            let part = header.payload(image.len());
+            let needs = part.end;
+            let bytes = image.slice(part.start, part.end - part.start);
+            layout.write(start, bytes.ok_or_else(|| image.truncated("the kernel", needs))?, &what)?;
+        }
+    }
     let initrd = load_initrd(layout, guest, header, end)?;
     let mut cmdline = guest.cmdline.as_bytes().to_vec();
     cmdline.push(0);
@@ -178,11 +190,11 @@ pub fn load(layout: &mut Layout, guest: &mut Guest, header: &SetupHeader) -> Res
 /// Address and size of the initrd; zeroes without one.
 fn load_initrd(
     layout: &mut Layout,
-    guest: &mut Guest,
+    guest: &Guest,
     header: &SetupHeader,
     kernel_end: u64,
 ) -> Result<(u64, u64), BootError> {
-    let Some(initrd) = &mut guest.initrd else { return Ok((0, 0)) };
+    let Some(initrd) = &guest.initrd else { return Ok((0, 0)) };
     let size = initrd.payload.len();
     let limit = (header.initrd_max + 1).min(layout.low_ram_end());
     let at = layout.find_high(size, PAGE, EXTENDED_START..limit).ok_or_else(|| {
@@ -199,7 +211,7 @@ fn load_initrd(
         }
     })?;
     layout.claim(at, size, "the initrd")?;
-    layout.write_payload(at, &mut initrd.payload, "the initrd")?;
+    layout.write_payload(at, &initrd.payload, "the initrd")?;
     Ok((at, size))
 }
 

@@ -1,5 +1,6 @@
 //! Puts a guest into memory and says how to start it. There is no firmware: what a BIOS and a boot loader would
-//! have done before the kernel's first instruction is done here, and nothing of it runs in the guest.
+//! have done before the kernel's first instruction is done here; what runs of it in the guest is a BIOS that refuses
+//! every call.
 //!
 //! [`load`] looks at the image's contents, not at its name, and takes in this order: a Linux bzImage; ELF with a
 //! PVH note, with a Multiboot2 header, with a Multiboot1 header, without any; a file of any format with a Multiboot
@@ -11,7 +12,6 @@
 //!
 //! Must not know: engines, vCPUs, devices (they take their addresses from [`acpi`]).
 
-use std::borrow::Cow;
 use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -19,6 +19,7 @@ use std::path::{Path, PathBuf};
 use vm_memory::GuestMemoryMmap;
 
 pub mod acpi;
+mod bios;
 mod dsdt;
 mod elf;
 mod error;
@@ -40,7 +41,7 @@ pub use state::{BootState, Protocol, Segment, TableRegister, gpr};
 
 use elf::Elf;
 use image::{Image, decompress};
-use layout::{CONVENTIONAL_END, EXTENDED_START, Layout, Payload};
+use layout::{CONVENTIONAL_END, EXTENDED_START, FileSource, Layout, Payload};
 use linux::SetupHeader;
 
 /// What to boot.
@@ -94,18 +95,21 @@ pub fn memory_map(ranges: &[(u64, u64, u64)]) -> Vec<MemoryRegion> {
 }
 
 /// A file for the guest beside its kernel.
-struct Module<'a> {
+struct Module {
     name: String,
     cmdline: String,
-    payload: Payload<'a>,
+    payload: Payload,
 }
 
 /// What loaders of all protocols are given.
 struct Guest<'a> {
+    /// The image, or its beginning if there is a [`Guest::kernel_file`].
     image: Image<'a>,
+    /// Of a Linux kernel in a regular file, all of it.
+    kernel_file: Option<FileSource>,
     cmdline: &'a str,
-    initrd: Option<Module<'a>>,
-    modules: Vec<Module<'a>>,
+    initrd: Option<Module>,
+    modules: Vec<Module>,
     memory_map: Vec<MemoryRegion>,
     rsdp: u64,
 }
@@ -117,8 +121,18 @@ pub fn load(
     ranges: &[(u64, u64, u64)],
     spec: &BootSpec,
 ) -> Result<BootState, BootError> {
-    let kernel = read_kernel(&spec.kernel, Layout::new(memory, ranges).ram_size())?;
-    load_bytes(memory, ranges, &kernel, spec)
+    let limit = Layout::new(memory, ranges).ram_size();
+    let (path, error) = (&spec.kernel, read_error(&spec.kernel));
+    let mut file = File::open(path).map_err(&error)?;
+    let metadata = file.metadata().map_err(&error)?;
+    let mut bytes = Vec::new();
+    (&mut file).take(linux::HEAD).read_to_end(&mut bytes).map_err(&error)?;
+    if metadata.is_file() && linux::is_linux(&Image { name: "", bytes: &bytes }) {
+        let source = FileSource { file, path: path.clone(), len: metadata.len() };
+        return load_guest(memory, ranges, &bytes, Some(source), spec);
+    }
+    let bytes = read_bounded(path, file, bytes, limit)?;
+    load_guest(memory, ranges, &bytes, None, spec)
 }
 
 /// As [`load`], with the kernel's image given as bytes.
@@ -126,6 +140,16 @@ pub fn load_bytes(
     memory: &GuestMemoryMmap<()>,
     ranges: &[(u64, u64, u64)],
     kernel: &[u8],
+    spec: &BootSpec,
+) -> Result<BootState, BootError> {
+    load_guest(memory, ranges, kernel, None, spec)
+}
+
+fn load_guest(
+    memory: &GuestMemoryMmap<()>,
+    ranges: &[(u64, u64, u64)],
+    kernel: &[u8],
+    kernel_file: Option<FileSource>,
     spec: &BootSpec,
 ) -> Result<BootState, BootError> {
     let mut layout = Layout::new(memory, ranges);
@@ -143,13 +167,14 @@ pub fn load_bytes(
     let modules = spec.modules.iter().map(|(path, cmdline)| open_module(path, cmdline, layout.ram_size()));
     let mut guest = Guest {
         image,
+        kernel_file,
         cmdline: &spec.cmdline,
         initrd: spec.initrd.as_ref().map(|path| open_module(path, "", layout.ram_size())).transpose()?,
         modules: modules.collect::<Result<_, _>>()?,
         memory_map: memory_map(ranges),
         rsdp: acpi::write_tables(&layout, spec.cpus, acpi::pci_mmio64(ranges))?,
     };
-    layout.write_bios_data()?;
+    bios::write(&layout)?;
     let mut state = load_image(&mut layout, &mut guest, spec.flat.as_ref())?;
     state.rsdp = guest.rsdp;
     log::debug!("{} entered as {:?} at {:#x}", image.name, state.protocol, state.rip);
@@ -168,7 +193,8 @@ fn load_image(
     }
     let elf = Elf::parse(image)?;
     if elf.is_none() && linux::is_linux(&image) {
-        return linux::load(layout, guest, &SetupHeader::parse(&image)?);
+        let len = guest.kernel_file.as_ref().map_or(image.len(), |file| file.len);
+        return linux::load(layout, guest, &SetupHeader::parse(&image, len)?);
     }
     if let Some(elf) = &elf {
         if let Some(entry) = elf.pvh_entry()? {
@@ -206,14 +232,14 @@ fn read_error(path: &Path) -> impl Fn(std::io::Error) -> BootError {
     move |source| BootError::Read { path: path.to_path_buf(), source }
 }
 
-/// Reads a whole file, or refuses one that is larger than the guest's memory.
-fn read_bounded(path: &Path, file: File, limit: u64) -> Result<Vec<u8>, BootError> {
+/// Reads the rest of a file, or refuses one that is larger than the guest's memory.
+fn read_bounded(path: &Path, file: File, mut bytes: Vec<u8>, limit: u64) -> Result<Vec<u8>, BootError> {
     let size = file.metadata().map_or(0, |m| m.len());
     let too_large = |needs| BootError::MemoryTooSmall { what: path.display().to_string(), needs, has: limit };
     if size > limit {
         return Err(too_large(size));
     }
-    let mut bytes = Vec::with_capacity(size as usize);
+    bytes.reserve((size as usize).saturating_sub(bytes.len()));
     file.take(limit.saturating_add(1)).read_to_end(&mut bytes).map_err(read_error(path))?;
     match bytes.len() as u64 {
         len if len > limit => Err(too_large(len)),
@@ -221,17 +247,13 @@ fn read_bounded(path: &Path, file: File, limit: u64) -> Result<Vec<u8>, BootErro
     }
 }
 
-fn read_kernel(path: &Path, limit: u64) -> Result<Vec<u8>, BootError> {
-    read_bounded(path, File::open(path).map_err(read_error(path))?, limit)
-}
-
 /// Opens a file for the guest. Its size must be known before it is placed, so a pipe is read to memory first.
-fn open_module(path: &Path, cmdline: &str, limit: u64) -> Result<Module<'static>, BootError> {
+fn open_module(path: &Path, cmdline: &str, limit: u64) -> Result<Module, BootError> {
     let file = File::open(path).map_err(read_error(path))?;
     let metadata = file.metadata().map_err(read_error(path))?;
     let payload = match metadata.is_file() {
-        true => Payload::File(file, metadata.len()),
-        false => Payload::Bytes(Cow::Owned(read_bounded(path, file, limit)?)),
+        true => Payload::File(FileSource { file, path: path.to_path_buf(), len: metadata.len() }),
+        false => Payload::Bytes(read_bounded(path, file, Vec::new(), limit)?),
     };
     let name = file_name(path);
     match payload.len() {

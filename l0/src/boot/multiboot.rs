@@ -78,7 +78,7 @@ pub fn place_modules(
     kernel_end: u64,
 ) -> Result<Vec<PlacedModule>, BootError> {
     let mut placed = Vec::new();
-    for mut module in guest.initrd.take().into_iter().chain(std::mem::take(&mut guest.modules)) {
+    for module in guest.initrd.take().into_iter().chain(std::mem::take(&mut guest.modules)) {
         let size = module.payload.len();
         let what = format!("the module {}", module.name);
         let behind = kernel_end.max(EXTENDED_START)..LOW_RAM_END;
@@ -87,7 +87,7 @@ pub fn place_modules(
             .or_else(|| layout.find_low(size, PAGE, EXTENDED_START..LOW_RAM_END))
             .ok_or_else(|| BootError::no_room_for_module(&module.name, size, layout.ram_size()))?;
         layout.claim(at, size, &what)?;
-        layout.write_payload(at, &mut module.payload, &what)?;
+        layout.write_payload(at, &module.payload, &what)?;
         let cmdline = command_line(&module.name, &module.cmdline);
         placed.push(PlacedModule { start: at as u32, end: (at + size) as u32, cmdline });
     }

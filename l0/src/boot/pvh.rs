@@ -34,14 +34,14 @@ pub fn load(layout: &mut Layout, guest: &mut Guest, elf: &Elf, entry: u32) -> Re
 /// Places modules and all tables; gives the address of `hvm_start_info`. The initrd is the first module.
 pub fn place_start_info(layout: &mut Layout, guest: &mut Guest) -> Result<u64, BootError> {
     let mut modules = Vec::new();
-    for mut module in guest.initrd.take().into_iter().chain(std::mem::take(&mut guest.modules)) {
+    for module in guest.initrd.take().into_iter().chain(std::mem::take(&mut guest.modules)) {
         let size = module.payload.len();
         let what = format!("the module {}", module.name);
         let at = layout
             .find_high(size, PAGE, EXTENDED_START..LOW_RAM_END)
             .ok_or_else(|| BootError::no_room_for_module(&module.name, size, layout.ram_size()))?;
         layout.claim(at, size, &what)?;
-        layout.write_payload(at, &mut module.payload, &what)?;
+        layout.write_payload(at, &module.payload, &what)?;
         let cmdline = place_string(layout, &module.cmdline, &what)?;
         modules.extend([at, size, cmdline, 0].iter().flat_map(|w: &u64| w.to_le_bytes()));
     }

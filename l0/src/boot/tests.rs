@@ -154,7 +154,7 @@ fn linux_says_what_is_wrong() {
     let machine = Machine::new(64 << 20);
     let good = bzimage(&[0x77; 4096]);
     let message = |image: &[u8], spec: &BootSpec| machine.boot(image, spec).unwrap_err().to_string();
-    assert!(matches!(machine.boot(&good, &spec(&"x".repeat(255))), Ok(_)));
+    assert!(machine.boot(&good, &spec(&"x".repeat(255))).is_ok());
     assert!(matches!(
         machine.boot(&good, &spec(&"x".repeat(256))),
         Err(BootError::CommandLineTooLong { len: 256, max: 255, .. })
@@ -525,4 +525,27 @@ fn damaged_images_never_panic() {
             }
         }
     }
+}
+
+#[test]
+fn kernels_in_files_load_as_those_in_memory() {
+    let initrd = TemporaryFile::new("file-initrd", &vec![9; 200_001]);
+    let payload: Vec<u8> = (0..700_000u32).map(|i| (i >> 4) as u8).collect();
+    let kernel = TemporaryFile::new("file-kernel", &bzimage(&payload));
+    let elf = TemporaryFile::new("file-elf", &ElfBuilder::new(true, CODE, &payload).build());
+    let machine = Machine::new(64 << 20);
+    let boot = |kernel: &TemporaryFile, initrd: Option<&TemporaryFile>| {
+        let initrd = initrd.map(|f| f.0.clone());
+        let spec = BootSpec { kernel: kernel.0.clone(), initrd, ..spec("") };
+        load(&machine.ram.memory, &machine.ram.ranges, &spec)
+    };
+    let state = boot(&kernel, Some(&initrd)).unwrap();
+    assert_eq!(machine.bytes(0x100_0000, payload.len()), payload);
+    let at = u64::from(machine.u32(state.gpr[gpr::RSI] + 0x218));
+    assert_eq!(machine.bytes(at, 200_001), vec![9; 200_001]);
+    boot(&elf, None).unwrap();
+    assert_eq!(machine.bytes(CODE, payload.len()), payload);
+    File::options().write(true).open(&kernel.0).unwrap().set_len(600_000).unwrap();
+    let error = boot(&kernel, None).unwrap_err();
+    assert!(matches!(error, BootError::Truncated { has: 600_000, needs: 701_024, .. }), "{error}");
 }

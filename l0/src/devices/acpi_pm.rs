@@ -1,5 +1,5 @@
-//! ACPI fixed hardware: PM1a events and control, PM timer, one GPE block, the SMI command port that switches ACPI
-//! on, and the reset control register at port 0xCF9.
+//! ACPI fixed hardware: PM1a events and control, PM timer, one GPE block, and the SMI command port that switches
+//! ACPI on. The reset register, port 0xCF9, lies within PCI's configuration address and is the host bridge's.
 //!
 //! The SCI is level-triggered and follows the registers, but only while SCI_EN is set: before, a PC would send
 //! SMIs to its firmware, and there is none.
@@ -32,7 +32,7 @@ pub const SMI_COMMAND_PORT: u64 = 0xb2;
 pub const ACPI_ENABLE: u8 = 0x02;
 /// What to write there to lose them again.
 pub const ACPI_DISABLE: u8 = 0x03;
-/// Reset control register; it lies within the ports of PCI's configuration address.
+/// The host bridge's reset control register, for the FADT.
 pub const RESET_PORT: u64 = 0xcf9;
 /// What to write there to reset the machine.
 pub const RESET_VALUE: u8 = 0x06;
@@ -83,7 +83,6 @@ struct Registers {
     gpe_enable: [u8; GPE_BYTES],
     smi_command: u8,
     smi_status: u8,
-    reset_control: u8,
     /// How often the timer's highest bit had changed when TMR_STS was last looked at.
     carries_seen: u64,
 }
@@ -112,8 +111,7 @@ impl AcpiPm {
         })
     }
 
-    /// Puts everything but the reset register on the bus; false if a port is taken. The reset register shares its
-    /// place with PCI's configuration address, whose device hands byte accesses on to [`Self::reset_register`].
+    /// Puts the registers on the bus; false if a port is taken.
     pub fn attach(pm: &Arc<Mutex<Self>>, ports: &Bus) -> bool {
         let timer = Window::shared(
             pm,
@@ -137,15 +135,6 @@ impl AcpiPm {
             && ports.insert(PM_TIMER_PORT, 4, timer)
             && ports.insert(GPE0_PORT, GPE0_LENGTH, gpe)
             && ports.insert(SMI_COMMAND_PORT, 2, smi)
-    }
-
-    /// The reset control register, one byte.
-    pub fn reset_register(pm: &Arc<Mutex<Self>>) -> super::SharedDevice {
-        Window::shared(
-            pm,
-            |pm, at, data| read_locked(pm, at, data, |pm, _| pm.registers.reset_control),
-            |pm, at, data| write_locked(pm, at, data, |pm, _, byte| pm.write_reset_control(byte)),
-        )
     }
 
     /// Back to the state after power-up.
@@ -287,15 +276,6 @@ impl AcpiPm {
         }
         self.update();
     }
-
-    /// Bit 2 going up resets; bits 1 and 3 say how thoroughly, which is all the same here.
-    fn write_reset_control(&mut self, value: u8) {
-        let rising = value & 4 != 0 && self.registers.reset_control & 4 == 0;
-        self.registers.reset_control = value & 0x0e;
-        if rising {
-            self.machine.request(MachineEvent::Reset);
-        }
-    }
 }
 
 impl TimerClient for Mutex<AcpiPm> {
@@ -432,16 +412,5 @@ mod tests {
         assert!(bench.probe.level(9));
         bench.ports.write(GPE0_PORT + 1, &[2]);
         assert!(!bench.probe.level(9));
-    }
-
-    #[test]
-    fn reset_register_resets_on_the_rising_bit() {
-        let bench = bench(TimerWidth::Bits24);
-        let register = AcpiPm::reset_register(&bench.pm);
-        lock(&register).write(0, &[2]);
-        assert!(bench.probe.events().is_empty());
-        lock(&register).write(0, &[RESET_VALUE]);
-        lock(&register).write(0, &[RESET_VALUE]);
-        assert_eq!(bench.probe.events(), [MachineEvent::Reset]);
     }
 }

@@ -190,8 +190,7 @@ fn cmpxchg_reg<T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
         let new = cpu.reg::<T>(op.src);
         cpu.set_reg(op.dst, new);
     } else {
-        // The destination is written with its own value (which clears the upper half of a 32-bit one).
-        cpu.set_reg(op.dst, old);
+        // The destination is left alone: the upper half of a 32-bit one stays.
         cpu.set_reg(0, old);
     }
     Ok(())

@@ -100,13 +100,16 @@ fn bit_op<O: BitOp>(insn: &Instruction, op: &mut Op) -> Option<Handler> {
 
 /// BSF, BSR, TZCNT, LZCNT, POPCNT, and IMUL with two operands.
 trait Scan: 'static {
+    /// A source of zero leaves the destination untouched, the upper half of a 32-bit one included.
+    const KEEPS_ON_ZERO: bool;
     fn run<T: WideInt>(s: &mut Status, old: T, a: T) -> T;
 }
 
 macro_rules! scans {
-    ($($name:ident $f:ident),+) => {$(
+    ($($name:ident $f:ident $keeps:literal),+) => {$(
         struct $name;
         impl Scan for $name {
+            const KEEPS_ON_ZERO: bool = $keeps;
             #[inline(always)]
             fn run<T: WideInt>(s: &mut Status, old: T, a: T) -> T {
                 T::$f(s, old, a)
@@ -114,12 +117,14 @@ macro_rules! scans {
         }
     )+};
 }
-scans!(Bsf bsf, Bsr bsr, Tzcnt tzcnt, Lzcnt lzcnt, Popcnt popcnt, Imul2 imul2);
+scans!(Bsf bsf true, Bsr bsr true, Tzcnt tzcnt false, Lzcnt lzcnt false, Popcnt popcnt false, Imul2 imul2 false);
 
 fn scan_reg<O: Scan, T: WideInt>(cpu: &mut Cpu, op: &Op) -> Exec {
     let (old, a) = (cpu.reg::<T>(op.dst), cpu.reg::<T>(op.src));
     let r = O::run(&mut cpu.state.status, old, a);
-    cpu.set_reg(op.dst, r);
+    if !O::KEEPS_ON_ZERO || a != T::default() {
+        cpu.set_reg(op.dst, r);
+    }
     Ok(())
 }
 
@@ -128,7 +133,9 @@ fn scan_mem<O: Scan, T: WideInt>(cpu: &mut Cpu, op: &Op) -> Exec {
     let a = cpu.load::<T>(linear)?;
     let old = cpu.reg::<T>(op.dst);
     let r = O::run(&mut cpu.state.status, old, a);
-    cpu.set_reg(op.dst, r);
+    if !O::KEEPS_ON_ZERO || a != T::default() {
+        cpu.set_reg(op.dst, r);
+    }
     Ok(())
 }
 
@@ -309,7 +316,7 @@ fn crc32(cpu: &mut Cpu, cold: &Cold) -> Exec {
 
 /// RDRAND and RDSEED: the owner's random bits.
 fn random(cpu: &mut Cpu, cold: &Cold) -> Exec {
-    let bits = cpu.bus.random();
+    let bits = cpu.bus().random();
     let register = cold.insn.op0_register();
     let size = register.size();
     let value = bits.unwrap_or(0);

@@ -1,9 +1,9 @@
 //! Ports: IN, OUT, INS and OUTS, with IOPL, the TSS's I/O permission bitmap and I/O breakpoints.
 
-use iced_x86::{Instruction, Mnemonic, OpKind, Register};
+use iced_x86::{Instruction, Mnemonic, OpKind};
 use x86defs::{cr4, rflags};
 
-use super::operands::segment_of;
+use super::operands::memory_segment;
 use crate::Cpu;
 use crate::events::is_tss32;
 use crate::op::{Cold, ColdHandler};
@@ -143,10 +143,7 @@ impl StringIo {
         };
         let seg = match index {
             reg::RDI => Seg::Es,
-            _ => match insn.memory_segment() {
-                Register::None => Seg::Ds,
-                other => segment_of(other),
-            },
+            _ => memory_segment(insn),
         };
         let repeat = insn.has_rep_prefix() || insn.has_repne_prefix();
         Self { port: cpu.state.gpr.get(reg::RDX) as u16, size, repeat, seg, mask, index }
@@ -171,16 +168,17 @@ impl StringIo {
     }
 
     fn run(&self, cpu: &mut Cpu, element: fn(&mut Cpu, &Self) -> Exec) -> Exec {
+        // The privilege is checked even if nothing is to be moved.
+        cpu.check_port(self.port, self.size)?;
         if self.repeat && cpu.state.gpr.get(reg::RCX) & self.mask == 0 {
             return Ok(());
         }
-        cpu.check_port(self.port, self.size)?;
         for _ in 0..MAX_BURST {
             element(cpu, self)?;
             if self.advance(cpu) {
                 return Ok(());
             }
-            if cpu.attention.get() != 0 || cpu.state.pending_debug != 0 {
+            if cpu.attention.get() != 0 || cpu.state.pending_debug != 0 || cpu.single_stepping() {
                 break;
             }
         }

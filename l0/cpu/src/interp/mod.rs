@@ -41,31 +41,28 @@ use iced_x86::Instruction;
 use crate::decode::ColdLowering;
 use crate::op::ColdHandler;
 
-/// What a family of system instructions tells the decoder: the handler, and whether the block ends there.
-type SystemFamily = (fn(&Instruction) -> Option<ColdHandler>, fn(&Instruction) -> bool);
-
-const SYSTEM_FAMILIES: [SystemFamily; 9] = [
-    (flags::lower, flags::ends_block),
-    (segment::lower, segment::ends_block),
-    (system::lower, system::ends_block),
-    (syscall::lower, syscall::ends_block),
-    (iret::lower, iret::ends_block),
-    (io::lower, io::ends_block),
-    (msr::lower, msr::ends_block),
-    (control::lower, control::ends_block),
-    (far::lower, far::ends_block),
-];
-
 /// Asks the families whose instructions are executed from iced's own form.
 pub(crate) fn lower_cold(insn: &Instruction) -> Option<ColdLowering> {
-    let integer =
-        bits::lower_cold(insn).or_else(|| muldiv::lower_cold(insn)).or_else(|| stack::lower_cold(insn));
-    if let Some(handler) = integer {
-        return Some((handler, 0, false));
-    }
-    for (lower, ends_block) in SYSTEM_FAMILIES {
+    type Lower = fn(&Instruction) -> Option<ColdHandler>;
+    type Ends = fn(&Instruction) -> bool;
+    const GOES_ON: Ends = |_| false;
+    const FAMILIES: [(Lower, Ends); 12] = [
+        (bits::lower_cold, GOES_ON),
+        (muldiv::lower_cold, GOES_ON),
+        (stack::lower_cold, GOES_ON),
+        (flags::lower, flags::ends_block),
+        (segment::lower, segment::ends_block),
+        (control::lower, control::ends_block),
+        (system::lower, system::ends_block),
+        (msr::lower, msr::ends_block),
+        (io::lower, io::ends_block),
+        (syscall::lower, syscall::ends_block),
+        (iret::lower, iret::ends_block),
+        (far::lower, far::ends_block),
+    ];
+    for (lower, ends) in FAMILIES {
         if let Some(handler) = lower(insn) {
-            return Some((handler, 0, ends_block(insn)));
+            return Some((handler, 0, ends(insn)));
         }
     }
     let (handler, data) = vector::lower(insn).or_else(|| x87::lower(insn)).or_else(|| xstate::lower(insn))?;

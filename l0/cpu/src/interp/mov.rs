@@ -285,6 +285,8 @@ pub(crate) fn lower(insn: &Instruction, op: &mut Op, flat: bool) -> Option<Handl
             }
             return mov(insn, op, flat);
         }
+        // Weakly ordered stores may be ordered strongly.
+        Mnemonic::Movnti => return mov(insn, op, flat),
         Mnemonic::Movzx => return extension::<false>(insn, op, flat),
         Mnemonic::Movsx | Mnemonic::Movsxd => return extension::<true>(insn, op, flat),
         Mnemonic::Lea => {

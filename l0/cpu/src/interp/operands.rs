@@ -2,7 +2,7 @@
 //!
 //! Unsafe island (register file): any `u8` byte offset is in bounds of the file for eight bytes.
 
-use iced_x86::{Instruction, MemorySize, OpKind, Register};
+use iced_x86::{Instruction, OpKind, Register};
 use x86defs::vector;
 
 use crate::Cpu;
@@ -121,7 +121,7 @@ impl Cpu {
     /// Linear address of the memory operand after the segment's checks for `size` bytes.
     pub fn operand_linear(&mut self, insn: &Instruction, size: usize, write: bool) -> Exec<u64> {
         let offset = self.effective_address(insn);
-        let seg = segment_of(insn.memory_segment());
+        let seg = memory_segment(insn);
         let linear = self.linear(seg, offset, size, write)?;
         if seg == Seg::Ss && self.code_bits == 64 {
             let last = linear.wrapping_add(size.max(1) as u64 - 1);
@@ -213,7 +213,8 @@ impl Cpu {
     #[inline(always)]
     pub fn stack_address(&mut self, offset: u64, size: usize, write: bool) -> Exec<u64> {
         let linear = self.linear(Seg::Ss, offset, size, write)?;
-        if self.code_bits == 64 && !self.is_canonical(linear) {
+        let last = linear.wrapping_add(size.max(1) as u64 - 1);
+        if self.code_bits == 64 && !(self.is_canonical(linear) && self.is_canonical(last)) {
             return Err(self.raise(Fault::with_code(vector::SS, 0)));
         }
         Ok(linear)
@@ -252,6 +253,19 @@ pub(crate) fn segment_of(register: Register) -> Seg {
     }
 }
 
+/// The segment of the memory operand. In 64-bit code CS, DS, ES and SS overrides mean nothing: what the base
+/// register implies stays, which decides between #SS and #GP for a non-canonical address.
+pub(crate) fn memory_segment(insn: &Instruction) -> Seg {
+    let segment = segment_of(insn.memory_segment());
+    if insn.code_size() != iced_x86::CodeSize::Code64 || matches!(segment, Seg::Fs | Seg::Gs) {
+        return segment;
+    }
+    match insn.memory_base() {
+        Register::RSP | Register::ESP | Register::RBP | Register::EBP => Seg::Ss,
+        _ => Seg::Ds,
+    }
+}
+
 /// Address size of the memory operand in bits.
 pub(crate) fn address_bits(insn: &Instruction) -> u32 {
     let base = insn.memory_base();
@@ -274,13 +288,5 @@ pub(crate) fn address_bits(insn: &Instruction) -> u32 {
         4 if insn.code_size() == iced_x86::CodeSize::Code64 => 32,
         4 => 32,
         _ => 64,
-    }
-}
-
-/// Bytes of the instruction's memory operand.
-pub(crate) fn memory_size(insn: &Instruction) -> usize {
-    match insn.memory_size() {
-        MemorySize::Unknown => 0,
-        size => size.size(),
     }
 }

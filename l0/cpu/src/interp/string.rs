@@ -10,7 +10,7 @@ use iced_x86::{Instruction, Mnemonic};
 use x86defs::rflags;
 
 use super::host::{Int, ZF};
-use super::operands::segment_of;
+use super::operands::memory_segment;
 use crate::Cpu;
 use crate::op::{Handler, Op};
 use crate::phys::Word;
@@ -262,7 +262,7 @@ pub(crate) fn lower(insn: &Instruction, op: &mut Op) -> Option<Handler> {
     } else {
         0
     };
-    op.seg = segment_of(insn.memory_segment()) as u8;
+    op.seg = memory_segment(insn) as u8;
     op.address_bits = index_bits(insn);
     Some(match insn.mnemonic() {
         Mnemonic::Movsb | Mnemonic::Movsw | Mnemonic::Movsd | Mnemonic::Movsq => four!(movs, size),

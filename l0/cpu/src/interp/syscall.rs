@@ -73,9 +73,7 @@ fn syscall(cpu: &mut Cpu, _: &Cold) -> Exec {
     // CS is STAR[47:32] with RPL 0; SS is STAR[47:32] + 8 as it is.
     cpu.state.seg_mut(Seg::Ss).selector = selector.wrapping_add(8);
     cpu.state.rip = cpu.state.msrs.lstar;
-    let flags = flags & !cpu.state.msrs.fmask;
-    cpu.state.set_rflags(flags);
-    cpu.single_step &= flags & rflags::TF != 0;
+    cpu.state.set_rflags(flags & !cpu.state.msrs.fmask);
     cpu.refresh_mode();
     Ok(())
 }
@@ -141,8 +139,8 @@ fn sysexit(cpu: &mut Cpu, cold: &Cold) -> Exec {
 fn software_event(cpu: &mut Cpu, cold: &Cold, vector: u8, kind: EventKind) -> Exec {
     let instruction_length = cold.insn.len() as u8;
     cpu.deliver(Event { vector, kind, error_code: None, instruction_length })?;
-    // The handler starts with TF clear; the instruction that called it does not trap.
-    cpu.single_step = false;
+    // The gate has cleared TF: the handler's first instruction is not preceded by a single-step trap.
+    cpu.step_trap = false;
     Ok(())
 }
 

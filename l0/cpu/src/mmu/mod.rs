@@ -168,10 +168,10 @@ impl Cpu {
 
     /// Reads with a chosen privilege (stack switches, descriptor tables).
     pub fn read_with(&mut self, linear: u64, data: &mut [u8], privilege: Privilege) -> Exec {
+        self.check_address(linear, data.len())?;
         if privilege == Privilege::User {
             self.check_alignment(linear, data.len())?;
         }
-        self.check_address(linear, data.len())?;
         let mut pieces = [(Place::Mmio(0), 0); 3];
         let count = self.places(linear, data.len(), Access::Read, privilege, &mut pieces)?;
         let mut done = 0;
@@ -190,10 +190,10 @@ impl Cpu {
 
     /// Writes with a chosen privilege; nothing is written if any part would fault.
     pub fn write_with(&mut self, linear: u64, data: &[u8], privilege: Privilege) -> Exec {
+        self.check_address(linear, data.len())?;
         if privilege == Privilege::User {
             self.check_alignment(linear, data.len())?;
         }
-        self.check_address(linear, data.len())?;
         let mut pieces = [(Place::Mmio(0), 0); 3];
         let count = self.places(linear, data.len(), Access::Write, privilege, &mut pieces)?;
         let mut done = 0;
@@ -205,7 +205,7 @@ impl Cpu {
                     unsafe { copy_to_ram(part, host) };
                     self.wrote_ram(address, len as u64);
                 }
-                Place::Mmio(address) => self.bus.mmio_write(address, part),
+                Place::Mmio(address) => self.bus().mmio_write(address, part),
             }
             done += len;
         }
@@ -215,7 +215,7 @@ impl Cpu {
 
     fn mmio_read(&mut self, address: u64, part: &mut [u8]) {
         part.fill(0xff);
-        self.bus.mmio_read(address, part);
+        self.bus().mmio_read(address, part);
     }
 
     /// Takes notice of a slow write to RAM: code there is forgotten, and if it may be the running block, the

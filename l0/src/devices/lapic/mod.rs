@@ -280,10 +280,12 @@ impl Lapic {
     }
 
     fn refresh(&mut self) {
-        if self.wants_cpu() {
-            self.signal.raise(Attention::INTERRUPT);
-        } else {
-            self.signal.clear(Attention::INTERRUPT);
+        // Only this APIC changes the flag, so a look spares most of the atomic writes: CR8 is written often.
+        let told = self.signal.attention.get() & Attention::INTERRUPT != 0;
+        match (self.wants_cpu(), told) {
+            (true, false) => self.signal.raise(Attention::INTERRUPT),
+            (false, true) => self.signal.clear(Attention::INTERRUPT),
+            _ => {}
         }
     }
 

@@ -1,0 +1,59 @@
+//! Everything that can go wrong before or while a guest runs, as one line that says what to do.
+
+use turtles_cpu::cpuid::CpuModelError;
+
+use crate::boot::BootError;
+use crate::config::ConfigError;
+use crate::devices::pci::PciError;
+use crate::devices::virtio::{BlockError, TapError};
+use crate::engine::EngineError;
+use crate::memory::MemoryError;
+
+/// A run that could not be started, or could not go on.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// Wrong words on the command line.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// Unknown CPU model or flag.
+    #[error(transparent)]
+    Cpu(#[from] CpuModelError),
+    /// Guest RAM.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// The images.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    /// A disk.
+    #[error(transparent)]
+    Disk(#[from] BlockError),
+    /// A network interface.
+    #[error(transparent)]
+    Net(#[from] TapError),
+    /// PCI slots or windows.
+    #[error(transparent)]
+    Pci(#[from] PciError),
+    /// The engine.
+    #[error(transparent)]
+    Engine(#[from] EngineError),
+    /// A console.
+    #[error("cannot open the console {what}: {source}")]
+    Console {
+        /// Which.
+        what: String,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// A thread.
+    #[error("cannot start a thread: {0}; raise the limit on processes (ulimit -u)")]
+    Thread(std::io::Error),
+    /// Deterministic time with more than one vCPU.
+    #[error("--clock virtual makes a run repeat exactly, which needs --cpus 1")]
+    VirtualClockCpus,
+    /// Deterministic time on KVM.
+    #[error("--clock virtual counts instructions, which KVM cannot; use --engine soft")]
+    VirtualClockKvm,
+    /// A bug of ours.
+    #[error("a vCPU thread panicked: this is a bug in turtles; the message above says where")]
+    Internal,
+}

@@ -1,0 +1,266 @@
+//! A vCPU's thread: run → exit → act, as an explicit state.
+//!
+//! [`MachineBus`] is the vCPU's owner towards every engine: it answers what an instruction under way asks for.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use turtles_cpu::attention::Attention;
+use turtles_cpu::bus::{Bus as CpuBus, MsrRefused};
+use turtles_cpu::state::Activity;
+use turtles_cpu::{Cpu, Exit};
+use x86defs::{msr, rflags};
+
+use crate::clock::{Clock, ClockSource};
+use crate::crash::CrashReport;
+use crate::devices::irqchip::IrqChip;
+use crate::devices::{Bus, MachineControl, MachineEvent};
+use crate::engine::{Engine, EngineError};
+use crate::vcpu_signal::VcpuSignal;
+use crate::vm::Stop;
+
+/// Instructions between two looks at the run as a whole; large enough to cost nothing.
+const SLICE: u64 = 50_000_000;
+
+/// What a vCPU's instructions reach outside RAM and CPU.
+pub struct MachineBus {
+    /// vCPU number.
+    pub index: usize,
+    /// I/O ports.
+    pub ports: Arc<Bus>,
+    /// Physical addresses without RAM.
+    pub mmio: Arc<Bus>,
+    /// Interrupt controllers.
+    pub irqchip: Arc<IrqChip>,
+    /// Guest time.
+    pub clock: Arc<Clock>,
+    /// This vCPU's mailbox.
+    pub signal: Arc<VcpuSignal>,
+    /// State of the generator behind RDRAND when time is virtual; none takes the host's random bits.
+    pub seed: Option<u64>,
+}
+
+impl MachineBus {
+    /// In virtual time a device may have armed a timer that is due before the present run ends: let the vCPU loop
+    /// look.
+    fn wrote(&self) {
+        if self.clock.source() == ClockSource::Virtual {
+            self.signal.attention.raise(Attention::CANCEL);
+        }
+    }
+
+    /// Offset in this vCPU's local APIC page.
+    fn apic_offset(&self, address: u64) -> Option<u64> {
+        let page = self.irqchip.apic_page(self.index)?;
+        (address & !4095 == page).then_some(address & 4095)
+    }
+}
+
+impl CpuBus for MachineBus {
+    fn mmio_read(&mut self, address: u64, data: &mut [u8]) {
+        match self.apic_offset(address) {
+            Some(offset) => self.irqchip.apic_mmio_read(self.index, offset, data),
+            None => drop(self.mmio.read(address, data)),
+        }
+    }
+
+    fn mmio_write(&mut self, address: u64, data: &[u8]) {
+        match self.apic_offset(address) {
+            Some(offset) => self.irqchip.apic_mmio_write(self.index, offset, data),
+            None => drop(self.mmio.write(address, data)),
+        }
+        self.wrote();
+    }
+
+    fn port_read(&mut self, port: u16, data: &mut [u8]) {
+        self.ports.read(u64::from(port), data);
+    }
+
+    fn port_write(&mut self, port: u16, data: &[u8]) {
+        self.ports.write(u64::from(port), data);
+        self.wrote();
+    }
+
+    fn read_msr(&mut self, msr: u32) -> Result<u64, MsrRefused> {
+        match msr {
+            msr::IA32_APIC_BASE => Ok(self.irqchip.apic_base(self.index)),
+            msr::IA32_TSC_DEADLINE => Ok(self.irqchip.tsc_deadline(self.index)),
+            _ => self.irqchip.apic_msr_read(self.index, msr).map_err(|_| MsrRefused),
+        }
+    }
+
+    fn write_msr(&mut self, msr: u32, value: u64) -> Result<(), MsrRefused> {
+        let result = match msr {
+            msr::IA32_APIC_BASE => self.irqchip.set_apic_base(self.index, value),
+            msr::IA32_TSC_DEADLINE => {
+                self.irqchip.set_tsc_deadline(self.index, value);
+                Ok(())
+            }
+            _ => self.irqchip.apic_msr_write(self.index, msr, value),
+        };
+        self.wrote();
+        result.map_err(|_| MsrRefused)
+    }
+
+    fn cr8(&mut self) -> u8 {
+        self.irqchip.cr8(self.index)
+    }
+
+    fn set_cr8(&mut self, value: u8) {
+        self.irqchip.set_cr8(self.index, value);
+    }
+
+    fn acknowledge_interrupt(&mut self) -> Option<u8> {
+        self.irqchip.acknowledge(self.index)
+    }
+
+    fn tsc(&mut self, instructions: u64) -> u64 {
+        self.clock.executed(instructions);
+        self.clock.tsc_at(self.clock.now_ns())
+    }
+
+    fn random(&mut self) -> Option<u64> {
+        if let Some(state) = &mut self.seed {
+            // splitmix64: a run in virtual time repeats its random numbers too.
+            *state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+            let mixed = (*state ^ *state >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+            let mixed = (mixed ^ mixed >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+            return Some(mixed ^ mixed >> 31);
+        }
+        let mut bytes = [0; 8];
+        // SAFETY: the pointer and length describe `bytes`.
+        let got = unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), bytes.len(), 0) };
+        (got == 8).then(|| u64::from_le_bytes(bytes))
+    }
+
+    fn at(&mut self, instructions: u64) {
+        self.clock.executed(instructions);
+    }
+}
+
+/// A vCPU with its engine.
+pub struct Vcpu {
+    /// vCPU number; 0 is the bootstrap processor.
+    pub index: usize,
+    /// State and software CPU.
+    pub cpu: Cpu,
+    /// What executes it.
+    pub engine: Box<dyn Engine>,
+    /// Its mailbox.
+    pub signal: Arc<VcpuSignal>,
+    /// Interrupt controllers (INIT resets the local APIC).
+    pub irqchip: Arc<IrqChip>,
+    /// Guest time.
+    pub clock: Arc<Clock>,
+    /// The run as a whole.
+    pub stop: Arc<Stop>,
+    /// Instructions executed, for `--stats`.
+    pub instructions: Arc<AtomicU64>,
+}
+
+/// What the thread does next.
+enum State {
+    /// Execute.
+    Running,
+    /// HLT, or waiting for a start-up IPI: sleep.
+    Waiting,
+    /// The run is over.
+    Stopped,
+}
+
+impl Vcpu {
+    /// Executes until the run is over.
+    pub fn run(&mut self) -> Result<(), EngineError> {
+        let mut state = State::Running;
+        loop {
+            state = match state {
+                State::Running => self.run_slice()?,
+                State::Waiting => self.wait(),
+                State::Stopped => return Ok(()),
+            };
+            self.instructions.store(self.cpu.state.instructions, Ordering::Relaxed);
+        }
+    }
+
+    fn run_slice(&mut self) -> Result<State, EngineError> {
+        if self.stop.is_set() {
+            return Ok(State::Stopped);
+        }
+        let budget = self.budget();
+        let exit = self.engine.run(&mut self.cpu, budget)?;
+        self.clock.executed(self.cpu.state.instructions);
+        if self.clock.source() == ClockSource::Virtual {
+            self.clock.fire_due();
+        }
+        Ok(match exit {
+            Exit::Budget | Exit::InterruptWindow => State::Running,
+            Exit::Halted => State::Waiting,
+            Exit::Attention => self.attend(),
+            Exit::Shutdown => {
+                self.stop.crashed(CrashReport::new(self.index, &self.cpu));
+                self.stop.request(MachineEvent::Reset);
+                State::Stopped
+            }
+        })
+    }
+
+    /// How far to execute at once: in virtual time, to the next timer.
+    fn budget(&self) -> u64 {
+        match self.clock.source() {
+            ClockSource::Host => SLICE,
+            ClockSource::Virtual => self.clock.instructions_to_deadline().unwrap_or(SLICE).clamp(1, SLICE),
+        }
+    }
+
+    /// Takes INIT and start-up IPIs, and the owner's wish to stop.
+    fn attend(&mut self) -> State {
+        let attention = Arc::clone(&self.signal.attention);
+        let seen = attention.take(Attention::CANCEL | Attention::INIT);
+        if self.stop.is_set() {
+            return State::Stopped;
+        }
+        if seen & Attention::INIT != 0 {
+            self.init();
+        }
+        if attention.take(Attention::SIPI) != 0 && self.cpu.state.activity == Activity::WaitForSipi {
+            self.cpu.state.start_up(self.signal.sipi_vector());
+            self.cpu.state_changed();
+        }
+        match self.cpu.state.activity {
+            Activity::Active => State::Running,
+            _ => State::Waiting,
+        }
+    }
+
+    fn init(&mut self) {
+        self.irqchip.init(self.index);
+        self.cpu.state.init();
+        if self.index == 0 {
+            // The bootstrap processor would go on at the reset vector, where firmware is on a PC: that is a reset
+            // of the machine.
+            self.stop.request(MachineEvent::Reset);
+        }
+        self.cpu.state.activity = Activity::WaitForSipi;
+        self.cpu.state_changed();
+    }
+
+    fn wait(&mut self) -> State {
+        let signals = Attention::INIT | Attention::SIPI | Attention::CANCEL;
+        let wake_by = match self.cpu.state.activity {
+            Activity::Active => return State::Running,
+            Activity::Halted if self.cpu.state.rflags() & rflags::IF != 0 => {
+                signals | Attention::NMI | Attention::INTERRUPT
+            }
+            Activity::Halted if !self.cpu.state.nmi_blocked => signals | Attention::NMI,
+            _ => signals,
+        };
+        if self.clock.source() == ClockSource::Virtual {
+            while self.signal.attention.get() & wake_by == 0 && self.clock.skip_to_next_deadline() {
+                self.clock.fire_due();
+            }
+        }
+        self.signal.wait(wake_by, None);
+        let seen = self.signal.attention.get();
+        if seen & signals != 0 { self.attend() } else { State::Running }
+    }
+}

@@ -1,0 +1,380 @@
+//! The machine: RAM, chips, PCI devices, vCPUs; built from a [`MachineConfig`], run to its end.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+use turtles_cpu::Cpu;
+use turtles_cpu::attention::Attention;
+use turtles_cpu::cpuid::CpuModel;
+use turtles_cpu::mmu::walk::PHYSICAL_BITS;
+use turtles_cpu::phys::{PhysMemory, RamRange};
+use turtles_cpu::state::{Activity, CpuState};
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
+
+use crate::boot::{self, BootState};
+use crate::chipset::Chipset;
+use crate::clock::{Clock, ClockSource};
+use crate::config::{EngineConfig, FlatImage, KernelSource, MachineConfig};
+use crate::crash::CrashReport;
+use crate::devices::lapic::APIC_TIMER_HZ;
+use crate::devices::virtio::DmaObserver;
+use crate::devices::{MachineControl, MachineEvent};
+use crate::doctor;
+use crate::engine::kvm::{KvmHost, KvmVm};
+use crate::engine::{Engine, EngineError, Soft};
+use crate::error::RunError;
+use crate::memory::{HIGH_RAM_START, LOW_RAM_END, Ram};
+use crate::vcpu::{MachineBus, Vcpu};
+use crate::vcpu_signal::{VcpuSignal, lock};
+
+/// Guest TSC frequency when time is the host's: near what server parts have, and a round number.
+const HOST_TSC_HZ: u64 = 2_000_000_000;
+/// Guest TSC frequency in virtual time: one tick an instruction.
+const VIRTUAL_TSC_HZ: u64 = 1_000_000_000;
+/// Wall-clock time at power-on when time is virtual: 2026-01-01 00:00:00 UTC.
+const VIRTUAL_EPOCH: u64 = 1_767_225_600;
+
+/// How a run ends: the first request wins.
+#[derive(Default)]
+pub struct Stop {
+    set: AtomicBool,
+    event: Mutex<Option<MachineEvent>>,
+    crash: Mutex<Option<CrashReport>>,
+    failure: Mutex<Option<EngineError>>,
+    signals: Mutex<Vec<Arc<VcpuSignal>>>,
+    changed: Condvar,
+}
+
+impl Stop {
+    /// The run is over.
+    pub fn is_set(&self) -> bool {
+        self.set.load(Ordering::Acquire)
+    }
+
+    /// Keeps what is to be said of a guest that died.
+    pub fn crashed(&self, report: CrashReport) {
+        lock(&self.crash).get_or_insert(report);
+    }
+
+    fn failed(&self, failure: EngineError) {
+        lock(&self.failure).get_or_insert(failure);
+        self.request(MachineEvent::Quit);
+    }
+}
+
+impl MachineControl for Stop {
+    fn request(&self, event: MachineEvent) {
+        lock(&self.event).get_or_insert(event);
+        self.set.store(true, Ordering::Release);
+        for signal in lock(&self.signals).iter() {
+            signal.raise(Attention::CANCEL);
+        }
+        self.changed.notify_all();
+    }
+}
+
+/// Why and how a run ended.
+pub struct Outcome {
+    /// What ended it.
+    pub event: MachineEvent,
+    /// Set when a vCPU shut down (triple fault).
+    pub crash: Option<CrashReport>,
+    /// Instructions executed by the software CPU, all vCPUs.
+    pub instructions: u64,
+    /// Time from process start, or from [`Machine::build`], to the first guest instruction.
+    pub ready: std::time::Duration,
+    /// Name of the engine.
+    pub engine: &'static str,
+}
+
+/// Tells the software CPU what devices wrote.
+struct DmaToCpu(Arc<PhysMemory>);
+
+impl DmaObserver for DmaToCpu {
+    fn wrote(&self, gpa: u64, len: u64) {
+        self.0.wrote(gpa, len);
+    }
+}
+
+/// A machine, ready to run.
+pub struct Machine {
+    started: Instant,
+    vcpus: Vec<Vcpu>,
+    chipset: Chipset,
+    clock: Arc<Clock>,
+    stop: Arc<Stop>,
+    counters: Vec<Arc<AtomicU64>>,
+    engine: &'static str,
+}
+
+/// The other half of what a machine needs: where COM1's output goes.
+pub type SerialSink = Box<dyn std::io::Write + Send>;
+
+impl Machine {
+    /// Builds a machine; `serial` takes COM1's output.
+    pub fn build(config: &MachineConfig, serial: SerialSink) -> Result<Self, RunError> {
+        let started = Instant::now();
+        let tsc_hz = match config.clock {
+            ClockSource::Host => HOST_TSC_HZ,
+            ClockSource::Virtual => VIRTUAL_TSC_HZ,
+        };
+        if config.clock == ClockSource::Virtual && config.cpus != 1 {
+            return Err(RunError::VirtualClockCpus);
+        }
+        let model = CpuModel::parse(&config.cpu)?.with_clocks(tsc_hz, APIC_TIMER_HZ).with_cpus(config.cpus);
+        for warning in model.warnings() {
+            log::warn!("{warning}");
+        }
+        let kvm = open_engine(config)?;
+        let ram = Ram::new(config.memory)?;
+        let physical = software_memory(&ram);
+        let clock = Clock::new(config.clock, tsc_hz);
+        let stop = Arc::new(Stop::default());
+        let signals: Vec<_> = (0..config.cpus).map(|_| Arc::new(VcpuSignal::default())).collect();
+        lock(&stop.signals).clone_from(&signals);
+        let observer = Arc::new(DmaToCpu(Arc::clone(&physical)));
+        let chipset = Chipset::build(
+            config,
+            &ram,
+            &clock,
+            &signals,
+            Arc::clone(&stop),
+            observer,
+            serial,
+            wall_clock(config),
+        )?;
+        let start = load(config, &ram)?;
+        let mut machine = Self {
+            started,
+            vcpus: Vec::new(),
+            chipset,
+            clock,
+            stop,
+            counters: Vec::new(),
+            engine: if kvm.is_some() { "kvm" } else { "soft" },
+        };
+        let vm = kvm.map(|host| KvmVm::new(&host, &ram)).transpose()?.map(Arc::new);
+        let model = Arc::new(model);
+        for (index, signal) in signals.iter().enumerate() {
+            let vcpu = machine.vcpu(index, signal, &physical, &model, config, vm.as_ref())?;
+            machine.vcpus.push(vcpu);
+        }
+        if let Some(first) = machine.vcpus.first_mut() {
+            first.cpu.state = cpu_state(&start);
+            set_memory_types(&mut first.cpu.state);
+            first.cpu.state_changed();
+        }
+        Ok(machine)
+    }
+
+    fn vcpu(
+        &mut self,
+        index: usize,
+        signal: &Arc<VcpuSignal>,
+        physical: &Arc<PhysMemory>,
+        model: &Arc<CpuModel>,
+        config: &MachineConfig,
+        vm: Option<&Arc<KvmVm>>,
+    ) -> Result<Vcpu, RunError> {
+        let bus = MachineBus {
+            index,
+            ports: Arc::clone(&self.chipset.ports),
+            mmio: Arc::clone(&self.chipset.mmio),
+            irqchip: Arc::clone(&self.chipset.irqchip),
+            clock: Arc::clone(&self.clock),
+            signal: Arc::clone(signal),
+            seed: (config.clock == ClockSource::Virtual).then_some(1),
+        };
+        let attention = Arc::clone(&signal.attention);
+        let mut cpu =
+            Cpu::new(Arc::clone(physical), Box::new(bus), Arc::clone(model), attention, index as u32);
+        cpu.state.activity = Activity::WaitForSipi;
+        set_memory_types(&mut cpu.state);
+        cpu.state_changed();
+        let engine: Box<dyn Engine> = match vm {
+            Some(vm) => Box::new(vm.vcpu(index, Arc::clone(signal), &cpu)?),
+            None => Box::new(Soft),
+        };
+        let instructions = Arc::new(AtomicU64::new(0));
+        self.counters.push(Arc::clone(&instructions));
+        Ok(Vcpu {
+            index,
+            cpu,
+            engine,
+            signal: Arc::clone(signal),
+            irqchip: Arc::clone(&self.chipset.irqchip),
+            clock: Arc::clone(&self.clock),
+            stop: Arc::clone(&self.stop),
+            instructions,
+        })
+    }
+
+    /// The COM1 device's input side.
+    pub fn serial_input(&self) -> crate::console::InputSink {
+        self.chipset.serial_input()
+    }
+
+    /// Ends the run from outside.
+    pub fn control(&self) -> Arc<dyn MachineControl> {
+        Arc::clone(&self.stop) as Arc<dyn MachineControl>
+    }
+
+    /// Name of the engine chosen.
+    pub fn engine(&self) -> &'static str {
+        self.engine
+    }
+
+    /// Runs until something ends it.
+    pub fn run(mut self) -> Result<Outcome, RunError> {
+        if self.clock.source() == ClockSource::Host {
+            self.clock.start_thread().map_err(RunError::Thread)?;
+        }
+        let ready = self.started.elapsed();
+        let mut threads = Vec::new();
+        for mut vcpu in self.vcpus.drain(..) {
+            let stop = Arc::clone(&self.stop);
+            let body = move || {
+                let guard = StopOnPanic(Arc::clone(&stop));
+                if let Err(failure) = vcpu.run() {
+                    stop.failed(failure);
+                }
+                std::mem::forget(guard);
+            };
+            let name = format!("vcpu{}", threads.len());
+            threads.push(std::thread::Builder::new().name(name).spawn(body).map_err(RunError::Thread)?);
+        }
+        for thread in threads {
+            if thread.join().is_err() {
+                return Err(RunError::Internal);
+            }
+        }
+        self.clock.stop();
+        self.chipset.finish();
+        if let Some(failure) = lock(&self.stop.failure).take() {
+            return Err(failure.into());
+        }
+        let event = lock(&self.stop.event).unwrap_or(MachineEvent::Quit);
+        Ok(Outcome {
+            event,
+            crash: lock(&self.stop.crash).take(),
+            instructions: self.counters.iter().map(|c| c.load(Ordering::Relaxed)).sum(),
+            ready,
+            engine: self.engine,
+        })
+    }
+}
+
+/// A vCPU thread that panics (a bug of ours) must not leave the others waiting for ever.
+struct StopOnPanic(Arc<Stop>);
+
+impl Drop for StopOnPanic {
+    fn drop(&mut self) {
+        self.0.request(MachineEvent::Quit);
+    }
+}
+
+/// Opens KVM if it is to be the engine.
+fn open_engine(config: &MachineConfig) -> Result<Option<KvmHost>, RunError> {
+    match config.engine {
+        EngineConfig::Soft => Ok(None),
+        EngineConfig::Kvm if config.clock == ClockSource::Virtual => Err(RunError::VirtualClockKvm),
+        EngineConfig::Kvm => Ok(Some(KvmHost::open()?)),
+        EngineConfig::Auto if config.clock == ClockSource::Virtual => Ok(None),
+        EngineConfig::Auto => {
+            let choice = doctor::probe().choose();
+            log::info!("engine: {choice}");
+            match choice.engine {
+                doctor::Chosen::Kvm => Ok(KvmHost::open().inspect_err(|e| log::warn!("{e}")).ok()),
+                doctor::Chosen::Soft => Ok(None),
+            }
+        }
+    }
+}
+
+/// Guest RAM as the software CPU takes it.
+fn software_memory(ram: &Ram) -> Arc<PhysMemory> {
+    let ranges = ram
+        .memory
+        .iter()
+        .map(|region| RamRange { start: region.start_addr().0, len: region.len(), host: region.as_ptr() })
+        .collect();
+    // SAFETY: the regions are page-aligned mappings of guest RAM, and `keep_alive` keeps them mapped; everyone else
+    // uses them as guest memory through vm-memory.
+    Arc::new(unsafe { PhysMemory::new(ranges, Box::new(Arc::clone(&ram.memory))) })
+}
+
+fn wall_clock(config: &MachineConfig) -> u64 {
+    match config.clock {
+        ClockSource::Host => SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs()),
+        ClockSource::Virtual => VIRTUAL_EPOCH,
+    }
+}
+
+fn load(config: &MachineConfig, ram: &Ram) -> Result<BootState, RunError> {
+    let kernel = match &config.kernel {
+        KernelSource::File(path) => path.clone(),
+        KernelSource::Embedded(_) => "guest".into(),
+    };
+    let spec = boot::BootSpec {
+        kernel,
+        initrd: config.initrd.clone(),
+        cmdline: config.cmdline.clone(),
+        modules: config.modules.iter().map(|m| (m.path.clone(), m.cmdline.clone())).collect(),
+        cpus: config.cpus,
+        flat: config.flat.map(flat_spec),
+    };
+    Ok(match &config.kernel {
+        KernelSource::File(_) => boot::load(&ram.memory, &ram.ranges, &spec)?,
+        KernelSource::Embedded(image) => boot::load_bytes(&ram.memory, &ram.ranges, image, &spec)?,
+    })
+}
+
+fn flat_spec(flat: FlatImage) -> boot::FlatSpec {
+    let mode = match flat.bits {
+        16 => boot::FlatMode::Real16,
+        64 => boot::FlatMode::Long64,
+        _ => boot::FlatMode::Protected32,
+    };
+    boot::FlatSpec { address: flat.address, mode }
+}
+
+/// Memory types as firmware leaves them: write-back, but uncacheable from the PCI window to 4 GiB.
+fn set_memory_types(state: &mut CpuState) {
+    const WRITE_BACK: u64 = 6;
+    const UNCACHEABLE: u64 = 0;
+    const ENABLE: u64 = 1 << 11;
+    const VALID: u64 = 1 << 11;
+    let mtrr = &mut state.msrs.mtrr;
+    mtrr.def_type = ENABLE | WRITE_BACK;
+    mtrr.variable[0] = LOW_RAM_END | UNCACHEABLE;
+    mtrr.variable[1] = (1 << PHYSICAL_BITS) - (HIGH_RAM_START - LOW_RAM_END) | VALID;
+}
+
+/// The registers a boot protocol asks for, over the state after INIT.
+fn cpu_state(start: &BootState) -> CpuState {
+    let mut state = CpuState::reset();
+    for (i, &value) in start.gpr.iter().enumerate() {
+        state.gpr.set(i, value);
+    }
+    let segment = |s: &boot::Segment| turtles_cpu::state::Segment {
+        base: s.base,
+        limit: s.limit,
+        access: s.access,
+        selector: s.selector,
+    };
+    for (to, from) in state.segments.iter_mut().zip(&start.segments) {
+        *to = segment(from);
+    }
+    state.ldtr = segment(&start.ldtr);
+    state.tr = segment(&start.tr);
+    state.gdtr = turtles_cpu::state::TableRegister { base: start.gdtr.base, limit: start.gdtr.limit };
+    state.idtr = turtles_cpu::state::TableRegister { base: start.idtr.base, limit: start.idtr.limit };
+    state.cr0 = start.cr0;
+    state.cr3 = start.cr3;
+    state.cr4 = start.cr4;
+    state.efer = start.efer;
+    state.rip = start.rip;
+    state.set_rflags(start.rflags);
+    state
+}
