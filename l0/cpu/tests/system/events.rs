@@ -272,6 +272,27 @@ fn single_step_traps_after_each_instruction() {
 }
 
 #[test]
+fn branch_trap_flag_steps_over_straight_code() {
+    let mut m = Machine::long().with(|s| {
+        s.set_rflags(rflags::TF);
+        s.msrs.debugctl = 2;
+    });
+    m.asm(|a| {
+        let mut target = a.create_label();
+        a.nop().unwrap();
+        a.nop().unwrap();
+        a.jmp(target).unwrap();
+        a.nop().unwrap();
+        a.set_label(&mut target).unwrap();
+        a.nop().unwrap();
+    });
+    assert_eq!(m.vector(), 1);
+    assert_eq!(m.stack(0), CODE + 5);
+    // The exception has cleared BTF.
+    assert_eq!(m.cpu.state.msrs.debugctl, 0);
+}
+
+#[test]
 fn int_with_trap_flag_does_not_trap_in_the_handler() {
     let mut m = Machine::long().with(|s| s.set_rflags(rflags::TF));
     m.asm(|a| a.int(0x40).unwrap());
