@@ -140,7 +140,7 @@ impl Cpu {
     }
 
     /// The op for one instruction, and whether it ends its block.
-    fn lower(&mut self, insn: &Instruction, too_long: bool) -> (Op, bool) {
+    pub(crate) fn lower(&mut self, insn: &Instruction, too_long: bool) -> (Op, bool) {
         let mut op = Op::new(undefined);
         op.at = insn.ip() as u16;
         op.next = insn.next_ip() as u16;
@@ -162,7 +162,8 @@ impl Cpu {
             .or_else(|| interp::bits::lower(insn, &mut op))
             .or_else(|| interp::muldiv::lower(insn, &mut op))
             .or_else(|| interp::stack::lower(insn, &mut op))
-            .or_else(|| interp::string::lower(insn, &mut op));
+            .or_else(|| interp::string::lower(insn, &mut op))
+            .or_else(|| interp::vector::lower(insn, &mut op, flat));
         if let Some(handler) = hot {
             op.handler = handler;
             return (op, ends_block(insn));

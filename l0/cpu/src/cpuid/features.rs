@@ -144,7 +144,7 @@ pub(super) const TURTLES: FeatureSet = BASE.with(FeatureSet::of(&[
 ]));
 
 /// Everything the software CPU executes.
-pub(super) const MAX: FeatureSet = TURTLES.with(FeatureSet::of(&[F::La57, F::Serialize]));
+pub(super) const MAX: FeatureSet = TURTLES.with(FeatureSet::of(&[F::La57, F::Serialize, F::AvxVnni]));
 
 /// Models by name. `host` is `turtles`, as what the host lacks is masked in any case.
 pub(super) const MODELS: &[(&str, FeatureSet)] =
@@ -167,11 +167,12 @@ pub(super) const NEEDS_HOST: FeatureSet = FeatureSet::of(&[
     F::Gfni,
     F::Vaes,
     F::Vpclmulqdq,
+    F::AvxVnni,
 ]);
 
 /// Features with registers of AVX state: the host's OS must have enabled it too.
 pub(super) const NEEDS_HOST_AVX: FeatureSet =
-    FeatureSet::of(&[F::Avx, F::Avx2, F::Fma, F::F16c, F::Vaes, F::Vpclmulqdq]);
+    FeatureSet::of(&[F::Avx, F::Avx2, F::Fma, F::F16c, F::Vaes, F::Vpclmulqdq, F::AvxVnni]);
 
 /// A feature, and one it makes no sense without.
 pub(super) const DEPENDENCIES: &[(Feature, Feature)] = &[
@@ -190,6 +191,7 @@ pub(super) const DEPENDENCIES: &[(Feature, Feature)] = &[
     (F::Avx2, F::Avx),
     (F::Fma, F::Avx),
     (F::F16c, F::Avx),
+    (F::AvxVnni, F::Avx2),
     (F::Vaes, F::Avx),
     (F::Vaes, F::Aes),
     (F::Vpclmulqdq, F::Avx),
