@@ -6,7 +6,7 @@ use iced_x86::{EncodingKind, Instruction, Mnemonic, OpKind, Register};
 use x86defs::vector;
 
 use crate::Cpu;
-use crate::interp::operands::{address_bits, offset_of, segment_of};
+use crate::interp::operands::{address_bits, memory_segment, offset_of};
 use crate::native::{Class, FeatureSet, Xmm};
 use crate::op::{Cold, ColdHandler};
 use crate::state::{SLOT_BLOCK_IP, SLOT_ZERO, Seg};
@@ -46,7 +46,7 @@ impl Packed {
                 | u64::from(base) << 32
                 | u64::from(index) << 37
                 | u64::from(insn.memory_index_scale().trailing_zeros() & 3) << 42
-                | (segment_of(insn.memory_segment()) as u64) << 44
+                | (memory_segment(insn) as u64) << 44
                 | bits << 47
                 | (vector.number() as u64 & 15) << 49,
         )
