@@ -107,6 +107,10 @@ fn run(cpu: &mut Cpu, insn: &Instruction, thunk: &Thunk) -> Exec {
     }
     cpu.fill_frame(plan, &mut frame);
     if plan.mxcsr && cpu.simd_exceptions_unmasked() {
+        if plan.memory == MemoryUse::Write {
+            // The destination's page fault comes before #XM.
+            cpu.probe_write(linear, plan.size)?;
+        }
         cpu.run_unmasked(thunk, &mut frame, linear)?;
     } else if plan.x87 {
         cpu.run_mmx(thunk, &mut frame, linear)?;
