@@ -146,7 +146,7 @@ impl Builder {
 
 /// Whether an instruction may stand in a sequence. Branches are the builder's; save areas need their own set-up.
 fn fits(insn: &Instruction, in_loop: bool) -> bool {
-    if insn.flow_control() != FlowControl::Next || insn.is_save_restore_instruction() {
+    if insn.flow_control() != FlowControl::Next || open::is_loose(insn) {
         return false;
     }
     if matches!(insn.mnemonic(), Mnemonic::Popf | Mnemonic::Popfd | Mnemonic::Popfq) {
