@@ -1,7 +1,7 @@
 //! What the architecture, or the difference between vendors, leaves open: each function says why. The software CPU follows
 //! the SDM; the host may be of another make.
 
-use iced_x86::{CpuidFeature, FlowControl, Instruction, Mnemonic, OpKind, Register};
+use iced_x86::{CpuidFeature, FlowControl, Instruction, MemorySize, Mnemonic, OpKind, Register};
 use x86defs::{pf_error, rflags, vector};
 
 use crate::case::Final;
@@ -26,7 +26,9 @@ fn pushes_segment(insn: &Instruction) -> bool {
 /// Instructions about which this module has more to say than fits into a sequence, where one depends on the other.
 pub fn is_loose(insn: &Instruction) -> bool {
     let sha = insn.cpuid_features().contains(&CpuidFeature::SHA);
-    insn.is_vsib() || is_masked_move(insn) || is_state_area(insn) || sha || pushes_segment(insn)
+    // One vendor's MXCSR has one more bit.
+    let mxcsr = matches!(insn.mnemonic(), Mnemonic::Ldmxcsr | Mnemonic::Vldmxcsr);
+    mxcsr || insn.is_vsib() || is_masked_move(insn) || is_state_area(insn) || sha || pushes_segment(insn)
 }
 
 /// Saves or restores x87 or extended state: several accesses, in an order of the processor's choice.
@@ -81,7 +83,21 @@ pub(super) fn either_fault(insn: &Instruction, native: &Final, soft: &Final) -> 
         return true;
     }
     // State areas are several accesses, and one of them is the first to fault.
-    if is_state_area(insn) && [vector::PF, vector::GP, vector::SS].into_iter().any(|v| one_is(vector::PF, v)) {
+    if is_state_area(insn) && [vector::PF, vector::GP, vector::SS].into_iter().any(|v| one_is(vector::PF, v))
+    {
+        return true;
+    }
+    // BOUND reads two limits: the first may be fetched before the second turns out to lie beyond the segment's end.
+    if insn.mnemonic() == Mnemonic::Bound && n == vector::PF && s == vector::GP {
+        return true;
+    }
+    // An 80-bit operand is two accesses.
+    let ten_bytes = matches!(insn.memory_size(), MemorySize::Float80 | MemorySize::Bcd);
+    if ten_bytes && n == vector::PF && (s == vector::GP || s == vector::SS) {
+        return true;
+    }
+    // An undefined instruction of more than 15 bytes.
+    if insn.is_invalid() && insn.len() == 15 && one_is(vector::GP, vector::UD) {
         return true;
     }
     // XSAVE may touch the areas of all enabled components, and the host has more of them.
@@ -94,7 +110,8 @@ pub(super) fn either_fault(insn: &Instruction, native: &Final, soft: &Final) -> 
         return true;
     }
     // An undefined opcode at the end of a page: vendors differ in whether what would follow it is fetched.
-    let fetch = |of: &Final| of.exception.vector == vector::PF && of.exception.error_code & pf_error::FETCH != 0;
+    let fetch =
+        |of: &Final| of.exception.vector == vector::PF && of.exception.error_code & pf_error::FETCH != 0;
     insn.is_invalid() && (n == vector::UD && fetch(soft) || s == vector::UD && fetch(native))
 }
 
@@ -148,4 +165,3 @@ pub fn flags(insn: &Instruction) -> u64 {
         _ => 0,
     }
 }
-
