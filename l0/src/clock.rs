@@ -111,10 +111,10 @@ impl Clock {
         self.virtual_ns.fetch_max(ns, Ordering::Relaxed);
     }
 
-    /// Virtual mode: `instructions` have been executed since power-on.
-    pub fn executed(&self, instructions: u64) {
+    /// Virtual mode: the vCPU has executed for `ticks` since power-on.
+    pub fn executed(&self, ticks: u64) {
         if self.source == ClockSource::Virtual {
-            let busy = instructions.wrapping_mul(VIRTUAL_NS_PER_INSTRUCTION);
+            let busy = ticks.wrapping_mul(VIRTUAL_NS_PER_INSTRUCTION);
             self.advance_to(busy.wrapping_add(self.idle_ns.load(Ordering::Relaxed)));
         }
     }
