@@ -165,12 +165,12 @@ impl Machine {
     fn long(&mut self, code: &[u8]) {
         self.put(CODE, code);
         let entry = paging::PRESENT | paging::WRITE | paging::USER;
-        self.put64(PML4, PML4 + 0x1000 | entry);
-        self.put64(PML4 + 0x1000, PML4 + 0x2000 | entry);
-        self.put64(PML4 + 0x1008, PML4 + 0x3000 | entry);
+        self.put64(PML4, (PML4 + 0x1000) | entry);
+        self.put64(PML4 + 0x1000, (PML4 + 0x2000) | entry);
+        self.put64(PML4 + 0x1008, (PML4 + 0x3000) | entry);
         for large in 0..4 {
             self.put64(PML4 + 0x2000 + 8 * large, large << 21 | entry | paging::LARGE);
-            self.put64(PML4 + 0x3000 + 8 * large, MMIO + (large << 21) | entry | paging::LARGE);
+            self.put64(PML4 + 0x3000 + 8 * large, (MMIO + (large << 21)) | entry | paging::LARGE);
         }
         for (index, descriptor) in [
             0,
@@ -624,7 +624,7 @@ fn kvm_sees_page_tables_that_the_software_cpu_changed() {
     // In ring 0 of the software CPU: map the second large page to the first's place, less a MiB, by a 4-KiB table.
     let entry = paging::PRESENT | paging::WRITE | paging::USER;
     m.put64(PML4 + 0x4000, 0x10_0000 | entry);
-    let table = PML4 + 0x4000 | entry;
+    let table = (PML4 + 0x4000) | entry;
     // mov [PML4+0x2008],rbx; invlpg [0x200000]
     let patch = [0x48, 0x89, 0x1c, 0x25, 8, 0x60, 0, 0, 0x0f, 0x01, 0x3c, 0x25, 0, 0, 0x20, 0];
     m.long(&code);
