@@ -64,10 +64,7 @@ impl Build {
         command.args(["-C", "panic=abort", "-C", "relocation-model=static", "-C", "code-model=small"]);
         command.args(["-C", "target-cpu=x86-64", "-C", "no-redzone=yes", "-C", "opt-level=2"]);
         command.args(["-C", "force-unwind-tables=no", "-C", "codegen-units=1", "-C", "debuginfo=0"]);
-        // Panic messages name source files: by a path that does not depend on the machine.
-        let mut remap = with_path("", &self.root);
-        remap.push("=guests");
-        command.arg("--remap-path-prefix").arg(remap).arg(source);
+        command.arg(source);
         command
     }
 
@@ -102,7 +99,7 @@ impl Build {
         run(command, "compiling the flat real-mode image");
         let mut command = Command::new(&self.linker.path);
         if self.linker.flavor == "ld.lld" {
-            command.args(["-flavor", "gnu", "--image-base=0"]);
+            command.args(["-flavor", "gnu"]);
         }
         command.args(["-nostdlib", "-Ttext=0x7c00", "-e", "0x7c00", "--oformat", "binary", "-o"]);
         command.arg(self.out.join("flat.bin")).arg(&object);

@@ -28,11 +28,11 @@ pub struct Guest {
 }
 
 /// Every guest, sorted by name.
-pub static ALL: &[Guest] = include!(concat!(env!("OUT_DIR"), "/table.rs"));
+pub const ALL: &[Guest] = include!(concat!(env!("OUT_DIR"), "/table.rs"));
 
 /// A 16-bit real-mode image without headers, to be loaded and entered at [`FLAT_ADDRESS`] (CS:IP 0:7c00).
 /// It prints one line on COM1 and leaves through port 0xf4.
-pub static FLAT: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/flat.bin"));
+pub const FLAT: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/flat.bin"));
 
 /// Where [`FLAT`] is linked to run.
 pub const FLAT_ADDRESS: u64 = 0x7c00;

@@ -1,8 +1,6 @@
 //! What a loader relies on in the images, and, where QEMU is installed, the guests against an independent machine.
 
 use super::*;
-use std::path::PathBuf;
-use std::process::{Command, Output};
 
 fn u32_at(bytes: &[u8], at: usize) -> u32 {
     u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap())
@@ -85,55 +83,4 @@ fn names_find_their_guest() {
 fn flat_image_is_a_boot_sector() {
     assert_eq!(FLAT.len(), 512);
     assert_eq!(&FLAT[510..], &[0x55, 0xaa]);
-}
-
-/// Whether QEMU is installed; a machine without it shows that this test did nothing.
-fn qemu() -> Option<Command> {
-    let name = "qemu-system-x86_64";
-    if Command::new(name).arg("--version").output().is_err() {
-        eprintln!("SKIP: {name} is not installed");
-        return None;
-    }
-    let mut command = Command::new(name);
-    command.args(["-accel", "tcg", "-display", "none", "-serial", "stdio", "-monitor", "none", "-no-reboot"]);
-    command.args(["-device", "isa-debug-exit,iobase=0xf4,iosize=0x4", "-m", "64", "-smp", "2"]);
-    command.args(["-cpu", "max,vendor=GenuineIntel"]);
-    Some(command)
-}
-
-/// Runs a guest to its end.
-fn run_in_qemu(mut qemu: Command, file: &PathBuf) -> Output {
-    qemu.arg("-kernel").arg(file).stdin(std::process::Stdio::null());
-    qemu.output().expect("QEMU starts")
-}
-
-/// An independent machine agrees with what the guests expect, but for the cases where it is known to be wrong.
-#[test]
-fn guests_agree_with_qemu() {
-    let deviations: Vec<&str> = include_str!("qemu_deviations.txt").lines().collect();
-    let folder = std::env::temp_dir().join(format!("turtles-guests-{}", std::process::id()));
-    std::fs::create_dir_all(&folder).unwrap();
-    let mut unexpected = Vec::new();
-    for guest in ALL {
-        let Some(qemu) = qemu() else { break };
-        let file = folder.join(guest.name);
-        std::fs::write(&file, guest.image).unwrap();
-        let output = run_in_qemu(qemu, &file);
-        let text = String::from_utf8_lossy(&output.stdout);
-        let failed: Vec<&str> = text.lines().filter_map(|line| line.strip_prefix("FAIL ")).collect();
-        let known = |line: &&str| {
-            deviations.iter().any(|known| {
-                let case = known.strip_prefix(guest.name).and_then(|rest| rest.strip_prefix(": "));
-                case.is_some_and(|case| line.starts_with(&format!("{case}: ")))
-            })
-        };
-        unexpected
-            .extend(failed.iter().filter(|line| !known(line)).map(|line| format!("{}: {line}", guest.name)));
-        let wanted = exit_code(if failed.is_empty() { ALL_PASSED } else { SOME_FAILED });
-        if output.status.code() != Some(i32::from(wanted)) || !text.contains("DONE ") {
-            unexpected.push(format!("{} ended with {:?}:\n{text}", guest.name, output.status.code()));
-        }
-    }
-    std::fs::remove_dir_all(&folder).unwrap();
-    assert!(unexpected.is_empty(), "{}", unexpected.join("\n"));
 }

@@ -7,7 +7,7 @@ use std::io;
 
 use iced_x86::{Code, Decoder, DecoderOptions, Formatter, Instruction, IntelFormatter};
 
-use crate::case::{Bits, Case, Outcome, image_index};
+use crate::case::{Bits, Case, Final, Outcome, image_index};
 use crate::compare::{differences, exception, flags, hex};
 use crate::generate::{self, Kind, Name};
 use crate::native::{self, Native};
@@ -102,7 +102,10 @@ impl Campaign {
                     self.skip(why);
                     continue;
                 }
-                (Outcome::Done(native), Outcome::Done(soft)) => differences(&case, &insn, native, soft),
+                (Outcome::Done(native), Outcome::Done(soft)) => {
+                    let last = last_instruction(name.kind, &case, soft).unwrap_or(insn);
+                    differences(&case, &last, native, soft)
+                }
                 (native, soft) => [("native", native), ("soft", soft)]
                     .iter()
                     .filter_map(|(who, outcome)| match outcome {
@@ -140,6 +143,15 @@ fn code_of(case: &Case) -> &[u8] {
 
 fn first_instruction(case: &Case) -> Instruction {
     generate::decode(case.bits, code_of(case), case.start.rip)
+}
+
+/// The instruction that a sequence faulted at: it is what the comparison must make allowances for.
+fn last_instruction(kind: Kind, case: &Case, soft: &Final) -> Option<Instruction> {
+    let at = image_index(soft.registers.rip)?;
+    let code = code_of(case);
+    let start = at.checked_sub(image_index(case.start.rip)?)?;
+    (kind == Kind::Sequence && start < code.len())
+        .then(|| generate::decode(case.bits, &code[start..], soft.registers.rip))
 }
 
 /// A case's name, code and initial state.

@@ -49,3 +49,18 @@ fn sequences_64() {
 fn mutated_instructions_64() {
     check(Kind::Mutated, Bits::B64, 24);
 }
+
+#[test]
+fn single_instructions_32() {
+    check(Kind::Single, Bits::B32, 16);
+}
+
+#[test]
+fn sequences_32() {
+    check(Kind::Sequence, Bits::B32, 8);
+}
+
+#[test]
+fn mutated_instructions_32() {
+    check(Kind::Mutated, Bits::B32, 16);
+}

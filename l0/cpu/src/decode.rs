@@ -88,9 +88,7 @@ impl Cpu {
                 // It goes on in the next page: a block of its own.
                 break;
             }
-            let too_long = insn.is_invalid()
-                && end - at == MAX_LENGTH
-                && decoder.last_error() == iced_x86::DecoderError::NoMoreBytes;
+            let too_long = insn.is_invalid() && is_too_long(self.code_bits, &bytes[at..end]);
             if starts_block(&insn) && builder.count > 0 {
                 break;
             }
@@ -121,7 +119,7 @@ impl Cpu {
         memory.read(second, &mut bytes[first_len..]);
         let mut decoder = Decoder::with_ip(self.code_bits, &bytes, 0, self.model.decoder_options());
         let insn = decoder.decode();
-        let too_long = insn.is_invalid() && decoder.last_error() == iced_x86::DecoderError::NoMoreBytes;
+        let too_long = insn.is_invalid() && is_too_long(self.code_bits, &bytes);
         let (op, _) = self.lower(&insn, too_long);
         block.set_second(second, second_code, second_version);
         block.count = 1;
@@ -187,6 +185,24 @@ fn can_continue(bits: u32, start: &[u8]) -> bool {
 /// Bytes from `address` to the end of its grain, which is in the same page.
 fn grain_left(address: u64) -> usize {
     GRAIN - (address as usize & (GRAIN - 1))
+}
+
+/// Whether these bytes, which are no instruction, would be one but for its length. The decoder does not tell that
+/// from an undefined opcode; but only redundant prefixes make an instruction too long, so one is tried without them.
+fn is_too_long(bits: u32, bytes: &[u8]) -> bool {
+    const PREFIXES: [u8; 11] = [0x26, 0x2e, 0x36, 0x3e, 0x64, 0x65, 0x66, 0x67, 0xf0, 0xf2, 0xf3];
+    if bytes.len() < MAX_LENGTH {
+        return false;
+    }
+    let mut window = [0; 2 * MAX_LENGTH];
+    window[..MAX_LENGTH].copy_from_slice(&bytes[..MAX_LENGTH]);
+    let rex = |byte: &u8| bits == 64 && byte & 0xf0 == 0x40;
+    let prefixes = bytes[..MAX_LENGTH].iter().take_while(|b| PREFIXES.contains(b) || rex(b)).count();
+    let total = (1..=prefixes).find_map(|skip| {
+        let insn = Decoder::new(bits, &window[skip..skip + MAX_LENGTH], DecoderOptions::NONE).decode();
+        (!insn.is_invalid()).then(|| insn.len() + skip)
+    });
+    total.is_some_and(|total| total > MAX_LENGTH)
 }
 
 /// Fills in the memory operand's parts.

@@ -15,6 +15,9 @@ use crate::state::{Activity, Event, EventKind, SLOT_BLOCK_IP, Seg, Shadow};
 use crate::trap::{Exec, Fault, Trap};
 use crate::{Cpu, Exit};
 
+/// IA32_DEBUGCTL.BTF: TF traps after taken branches only.
+const DEBUGCTL_BTF: u64 = 2;
+
 /// What the run loop does next.
 enum Next {
     /// Whole blocks until something asks to look up.
@@ -205,10 +208,12 @@ impl Cpu {
         let had_rf = self.state.system_flag(rflags::RF);
         self.state.rflags_system &= !rflags::RF;
         self.step_trap = trap_flag;
+        let sequential = self.wrap_ip(self.state.rip.wrapping_add(u64::from(block.len)));
         let result = self.execute(&block, 1);
         match result {
             Ok(()) => {
-                if self.step_trap {
+                let branched = block.count == 1 && self.state.rip != sequential;
+                if self.step_trap && (branched || self.state.msrs.debugctl & DEBUGCTL_BTF == 0) {
                     self.state.pending_debug |= dr::DR6_BS;
                 }
                 None

@@ -10,7 +10,7 @@ use std::fmt::Write;
 use iced_x86::Instruction;
 use x86defs::{rflags, vector};
 
-use crate::case::{Case, FLAGS, Final, PAGE, arena_offset};
+use crate::case::{Case, FLAGS, Final, arena_offset};
 
 /// Lines that say what differs, `native` first; empty if the finals agree.
 pub fn differences(case: &Case, insn: &Instruction, native: &Final, soft: &Final) -> Vec<String> {
@@ -18,10 +18,10 @@ pub fn differences(case: &Case, insn: &Instruction, native: &Final, soft: &Final
     if open::either_fault(insn, native, soft) {
         return lines;
     }
-    exceptions(insn, native, soft, &mut lines);
+    exceptions(native, soft, &mut lines);
     registers(insn, native, soft, &mut lines);
     if !open::vectors(insn, native) {
-        vectors(native, soft, &mut lines);
+        vectors(insn, native, soft, &mut lines);
     }
     if !open::x87(insn, native) {
         x87(native, soft, &mut lines);
@@ -30,20 +30,14 @@ pub fn differences(case: &Case, insn: &Instruction, native: &Final, soft: &Final
     lines
 }
 
-fn exceptions(insn: &Instruction, native: &Final, soft: &Final, lines: &mut Vec<String>) {
+fn exceptions(native: &Final, soft: &Final, lines: &mut Vec<String>) {
     let (n, s) = (native.exception, soft.exception);
     let mut soft_code = s.error_code;
     if s.vector == vector::PF && s.address >= 0x7fff_ffff_f000 {
         // Linux shows user code that every page of the kernel's half is present.
         soft_code |= x86defs::pf_error::PRESENT;
     }
-    let same_address = if open::fault_address(insn) {
-        n.address.abs_diff(s.address) < PAGE as u64
-    } else {
-        n.address == s.address
-    };
-    let wrong_code = (n.error_code ^ soft_code) & !open::error_code(insn, native);
-    if n.vector != s.vector || wrong_code != 0 || !same_address {
+    if (n.vector, n.error_code, n.address) != (s.vector, soft_code, s.address) {
         lines.push(format!("exception  {}  |  {}", exception(native), exception(soft)));
     }
 }
@@ -127,9 +121,9 @@ fn x87(native: &Final, soft: &Final, lines: &mut Vec<String>) {
     }
 }
 
-fn vectors(native: &Final, soft: &Final, lines: &mut Vec<String>) {
+fn vectors(insn: &Instruction, native: &Final, soft: &Final, lines: &mut Vec<String>) {
     let (n, s) = (&native.registers.fpu, &soft.registers.fpu);
-    let mask = open::mxcsr(native);
+    let mask = open::mxcsr(insn, native);
     word("mxcsr", n.mxcsr & !mask, s.mxcsr & !mask, lines);
     for i in 0..16 {
         if n.ymm[i] != s.ymm[i] {

@@ -1,7 +1,7 @@
 //! What the architecture, or the difference between vendors, leaves open: each function says why. The software CPU follows
 //! the SDM; the host may be of another make.
 
-use iced_x86::{CpuidFeature, FlowControl, Instruction, Mnemonic, Register};
+use iced_x86::{CpuidFeature, FlowControl, Instruction, MemorySize, Mnemonic, OpKind, Register};
 use x86defs::{pf_error, rflags, vector};
 
 use crate::case::Final;
@@ -17,6 +17,18 @@ fn is_masked_move(insn: &Instruction) -> bool {
             | Mnemonic::Vpmaskmovd
             | Mnemonic::Vpmaskmovq
     )
+}
+
+fn pushes_segment(insn: &Instruction) -> bool {
+    insn.mnemonic() == Mnemonic::Push && insn.op0_register().is_segment_register()
+}
+
+/// Instructions about which this module has more to say than fits into a sequence, where one depends on the other.
+pub fn is_loose(insn: &Instruction) -> bool {
+    let sha = insn.cpuid_features().contains(&CpuidFeature::SHA);
+    // One vendor's MXCSR has one more bit.
+    let mxcsr = matches!(insn.mnemonic(), Mnemonic::Ldmxcsr | Mnemonic::Vldmxcsr);
+    mxcsr || insn.is_vsib() || is_masked_move(insn) || is_state_area(insn) || sha || pushes_segment(insn)
 }
 
 /// Saves or restores x87 or extended state: several accesses, in an order of the processor's choice.
@@ -42,9 +54,16 @@ pub(super) fn either_fault(insn: &Instruction, native: &Final, soft: &Final) -> 
         return true;
     }
     // Whether accesses of more than 8 bytes, masked ones and the elements of a gather are checked for #AC is
-    // the processor's choice; so is whether ENTER's probe of the new top of stack is.
+    // the processor's choice; so is it for ENTER's probe of the new top of stack, for a segment register's push, and
+    // for a store that an x87 exception suppresses.
     let wide = insn.memory_size().size() > 8 || is_masked_move(insn) || insn.is_vsib();
-    if (wide || insn.mnemonic() == Mnemonic::Enter) && (n == vector::AC || s == vector::AC) {
+    let x87 = insn.cpuid_features().contains(&CpuidFeature::FPU) || insn.mnemonic() == Mnemonic::Fisttp;
+    let stack = insn.mnemonic() == Mnemonic::Enter || pushes_segment(insn);
+    if (wide || stack || x87) && (n == vector::AC || s == vector::AC) {
+        return true;
+    }
+    // A gather may take traps between its elements.
+    if insn.is_vsib() && n == vector::DB {
         return true;
     }
     // A misaligned and non-canonical address relative to SS.
@@ -52,7 +71,11 @@ pub(super) fn either_fault(insn: &Instruction, native: &Final, soft: &Final) -> 
         return true;
     }
     // A mask of zeros: "exceptions associated with addressing memory may still be signaled".
-    if is_masked_move(insn) && n == vector::PF && s == vector::BP {
+    if is_masked_move(insn) && (n == vector::PF || n == vector::GP) {
+        return true;
+    }
+    // CVTPI2PS from memory: whether a pending x87 exception is raised first.
+    if insn.mnemonic() == Mnemonic::Cvtpi2ps && insn.op1_kind() == OpKind::Memory && s == vector::MF {
         return true;
     }
     // SHA's operands need not be aligned on some processors.
@@ -60,7 +83,21 @@ pub(super) fn either_fault(insn: &Instruction, native: &Final, soft: &Final) -> 
         return true;
     }
     // State areas are several accesses, and one of them is the first to fault.
-    if is_state_area(insn) && (one_is(vector::PF, vector::GP) || one_is(vector::PF, vector::SS)) {
+    if is_state_area(insn) && [vector::PF, vector::GP, vector::SS].into_iter().any(|v| one_is(vector::PF, v))
+    {
+        return true;
+    }
+    // BOUND reads two limits: the first may be fetched before the second turns out to lie beyond the segment's end.
+    if insn.mnemonic() == Mnemonic::Bound && n == vector::PF && s == vector::GP {
+        return true;
+    }
+    // An 80-bit operand is two accesses.
+    let ten_bytes = matches!(insn.memory_size(), MemorySize::Float80 | MemorySize::Bcd);
+    if ten_bytes && n == vector::PF && (s == vector::GP || s == vector::SS) {
+        return true;
+    }
+    // An undefined instruction of more than 15 bytes.
+    if insn.is_invalid() && insn.len() == 15 && one_is(vector::GP, vector::UD) {
         return true;
     }
     // XSAVE may touch the areas of all enabled components, and the host has more of them.
@@ -72,24 +109,10 @@ pub(super) fn either_fault(insn: &Instruction, native: &Final, soft: &Final) -> 
     if based && n == vector::GP && soft.exception.address >> 63 != 0 {
         return true;
     }
-    // UD0 and UD1 at the end of a page: vendors differ in whether the ModRM byte is fetched.
-    insn.is_invalid() && n == vector::UD && soft.exception.error_code & pf_error::FETCH != 0
-}
-
-/// The page fault's address is known to a page only: which byte of a large or masked area is touched first is the
-/// processor's choice.
-pub(super) fn fault_address(insn: &Instruction) -> bool {
-    is_state_area(insn) || is_masked_move(insn)
-}
-
-/// Bits of a page fault's error code that are not compared: ARPL writes only if it has something to change, and
-/// whether it asks for the right to write before, the SDM does not say.
-pub(super) fn error_code(insn: &Instruction, native: &Final) -> u32 {
-    if insn.mnemonic() == Mnemonic::Arpl && native.exception.vector == vector::PF {
-        pf_error::WRITE
-    } else {
-        0
-    }
+    // An undefined opcode at the end of a page: vendors differ in whether what would follow it is fetched.
+    let fetch =
+        |of: &Final| of.exception.vector == vector::PF && of.exception.error_code & pf_error::FETCH != 0;
+    insn.is_invalid() && (n == vector::UD && fetch(soft) || s == vector::UD && fetch(native))
 }
 
 /// A gather that faults goes on where it stopped; what mask and destination look like until then is between the
@@ -107,11 +130,18 @@ pub(super) fn x87(insn: &Instruction, native: &Final) -> bool {
 }
 
 /// Bits of MXCSR that are not compared: the software CPU's stated deviation for PE beside an unmasked overflow or underflow.
-pub(super) fn mxcsr(native: &Final) -> u32 {
+pub(super) fn mxcsr(insn: &Instruction, native: &Final) -> u32 {
     const PE: u32 = 1 << 5;
     const OVERFLOW_AND_UNDERFLOW_MASKS: u32 = 3 << 10;
+    const FLAGS: u32 = 0x3f;
     let unmasked = !native.registers.fpu.mxcsr & OVERFLOW_AND_UNDERFLOW_MASKS != 0;
-    if native.exception.vector == vector::XM && unmasked { PE } else { 0 }
+    match insn.mnemonic() {
+        _ if native.exception.vector != vector::XM => 0,
+        // Several operations one after the other: the flags are those up to where it stopped.
+        Mnemonic::Dpps | Mnemonic::Dppd | Mnemonic::Vdpps | Mnemonic::Vdppd => FLAGS,
+        _ if unmasked => PE,
+        _ => 0,
+    }
 }
 
 /// A POPA that faults half-way is executed again whole: what it loaded so far does not matter.

@@ -196,6 +196,17 @@ pub fn decode_comparable(bits: Bits, code: &[u8], ip: u64) -> Result<Instruction
     if insn.code() != amd.code() || insn.len() != amd.len() {
         return Err("vendors decode it differently".to_owned());
     }
+    if insn.is_invalid() && code.iter().take(insn.len()).any(|&byte| byte == 0x62) {
+        return Err("may be EVEX, which the host may have".to_owned());
+    }
+    let wide_vex = code
+        .iter()
+        .position(|&byte| byte == 0xc4)
+        .and_then(|at| code.get(at + 2))
+        .is_some_and(|b| b & 0x80 != 0);
+    if bits == Bits::B32 && insn.op_code().is_wig32() && wide_vex {
+        return Err("VEX.W outside 64-bit mode: ignored or undefined, by vendor".to_owned());
+    }
     let rex_b = bits == Bits::B64 && insn.len() > 1 && code[insn.len() - 2] & 0xf1 == 0x41;
     if insn.code() == Code::Pause && rex_b {
         return Err("PAUSE with REX.B: some processors exchange registers".to_owned());

@@ -23,8 +23,8 @@ pub(super) fn sequence(random: &mut Random, name: Name) -> Option<Case> {
     let offset = if random.chance(20) { PAGE as u64 - random.below(100) } else { random.below(0x600) };
     let rip = base + CODE + offset;
     let mut case = blank(random, name.bits, rip, base);
-    // What may and what must be #AC is compared with single instructions only.
-    case.start.rflags &= !x86defs::rflags::AC;
+    // What may and what must be #AC is compared with single instructions only; so are flags in between.
+    case.start.rflags &= !(x86defs::rflags::AC | x86defs::rflags::TF);
     let mut builder = Builder { bits: name.bits, rip, code: Vec::new(), in_loop: false };
     let forms = forms_of(name.bits);
     let count = 2 + random.below(MOST - 1);
@@ -146,7 +146,7 @@ impl Builder {
 
 /// Whether an instruction may stand in a sequence. Branches are the builder's; save areas need their own set-up.
 fn fits(insn: &Instruction, in_loop: bool) -> bool {
-    if insn.flow_control() != FlowControl::Next || insn.is_save_restore_instruction() {
+    if insn.flow_control() != FlowControl::Next || open::is_loose(insn) {
         return false;
     }
     if matches!(insn.mnemonic(), Mnemonic::Popf | Mnemonic::Popfd | Mnemonic::Popfq) {

@@ -341,7 +341,7 @@ fn clts(cpu: &mut Cpu, _: &Cold) -> Exec {
 fn invlpg(cpu: &mut Cpu, cold: &Cold) -> Exec {
     cpu.require_cpl0()?;
     let offset = cpu.effective_address(&cold.insn);
-    let seg = super::operands::segment_of(cold.insn.memory_segment());
+    let seg = super::operands::memory_segment(&cold.insn);
     let base = cpu.linear_base[seg as usize];
     let linear = cpu.wrap(base.wrapping_add(offset));
     if cpu.code_bits == 64 && !cpu.is_canonical(linear) {

@@ -371,7 +371,11 @@ pub(crate) fn compare_random(seed: u64, draws: u32) {
         }
         let insn = decode(&random_code(&mut random));
         let Some(needs) = FeatureSet::of(insn.cpuid_features()) else { continue };
-        if insn.is_invalid() || !is_executed(&insn) || !FeatureSet::host().contains(needs) {
+        if insn.is_invalid()
+            || !cpu.model.allows(&insn)
+            || !is_executed(&insn)
+            || !FeatureSet::host().contains(needs)
+        {
             continue;
         }
         let Some(insn) = tame(insn, &mut random) else { continue };

@@ -360,10 +360,7 @@ fn verify(cpu: &mut Cpu, cold: &Cold) -> Exec {
 fn arpl(cpu: &mut Cpu, cold: &Cold) -> Exec {
     cpu.require_protected()?;
     let source = cpu.read_operand(cold, 1, 2)?;
-    if cold.insn.op0_kind() == OpKind::Memory {
-        let linear = cpu.operand_linear(&cold.insn, 2, true)?;
-        cpu.probe_write(linear, 2)?;
-    }
+    // Only a destination that changes is written: a read-only one that need not is no fault.
     let destination = cpu.read_operand(cold, 0, 2)?;
     let raise = destination & 3 < source & 3;
     if raise {

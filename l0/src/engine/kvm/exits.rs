@@ -21,7 +21,7 @@ impl KvmVcpu {
                 return Ok(Next::Software(self.next_burst()));
             }
         };
-        self.expect_state(!matches!(reason, kb::KVM_EXIT_IO | kb::KVM_EXIT_MMIO));
+        self.expect_state(matches!(reason, kb::KVM_EXIT_HLT | kb::KVM_EXIT_INTERNAL_ERROR));
         match reason {
             kb::KVM_EXIT_IO | kb::KVM_EXIT_MMIO => {
                 self.answer_access(cpu, reason);

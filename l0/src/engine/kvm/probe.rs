@@ -104,7 +104,9 @@ impl Probe {
             if took >= LONG_ENOUGH || loops >= MOST_LOOPS {
                 return Ok((2 * loops + 2) as f64 / took.as_secs_f64().max(1e-9));
             }
-            loops *= 10;
+            // As many as should take long enough, with a margin, if the next ones are as fast.
+            let enough = loops as f64 * LONG_ENOUGH.as_secs_f64() / took.as_secs_f64().max(1e-9) * 1.5;
+            loops = (enough as u64).clamp(loops + 1, loops * 100);
         }
     }
 

@@ -138,10 +138,12 @@ impl KvmVcpu {
         let fd = vm.fd.create_vcpu(index as u64).map_err(failed(format!("creating vCPU {index}")))?;
         let (entries, lost) = vm.host.cpuid_entries(cpuid)?;
         fd.set_cpuid2(&entries).map_err(failed("setting CPUID"))?;
-        if index == 0 {
-            for feature in &lost {
-                log::warn!("this host's KVM cannot give the guest {feature}");
-            }
+        if index == 0 && !lost.is_empty() {
+            let names: Vec<_> = lost.iter().map(ToString::to_string).collect();
+            log::warn!(
+                "this host's KVM does not give the guest all of its CPU model: no {}",
+                names.join(", ")
+            );
         }
         set_tsc_frequency(vm, &fd, tsc_hz);
         let target = Arc::new(Target::default());
@@ -395,7 +397,6 @@ impl KvmVcpu {
     /// The MSR that the guest accesses is the software CPU's: that executes the instruction. KVM finishes its own
     /// copy of it, whose effects are then replaced.
     fn answer_in_software(&mut self, cpu: &mut Cpu) -> Result<Option<Exit>, EngineError> {
-        self.in_run_page = false;
         self.move_out(cpu)?;
         self.set_immediate_exit(1);
         self.kvm_run(cpu)?;

@@ -5,7 +5,7 @@ use iced_x86::{Code, Instruction, Mnemonic, OpKind, Register};
 
 use super::element_linear;
 use crate::Cpu;
-use crate::interp::operands::{address_bits, segment_of};
+use crate::interp::operands::{address_bits, memory_segment, segment_of};
 use crate::native::Class;
 use crate::op::{Cold, ColdHandler};
 use crate::state::{Seg, reg};
@@ -64,7 +64,7 @@ fn gather<const SIZE: usize, const INDEX: usize>(cpu: &mut Cpu, cold: &Cold) -> 
     }
     let indices = cpu.state.vector.ymm[at];
     let count = (vector_bytes(insn) / SIZE).min(index.size() / INDEX);
-    let seg = segment_of(insn.memory_segment());
+    let seg = memory_segment(insn);
     let bits = address_bits(insn);
     let base = cpu.effective_address(insn);
     // The mask is first widened from its sign bits to whole elements, and shrinks from there.
@@ -107,7 +107,7 @@ fn vector_bytes(insn: &Instruction) -> usize {
 fn masked_move<const SIZE: usize>(cpu: &mut Cpu, cold: &Cold) -> Exec {
     let insn = &cold.insn;
     cpu.check_vector(Class::Vex)?;
-    let seg = segment_of(insn.memory_segment());
+    let seg = memory_segment(insn);
     let bits = address_bits(insn);
     let base = cpu.effective_address(insn);
     let mask = cpu.state.vector.ymm[number(insn.op1_register())];

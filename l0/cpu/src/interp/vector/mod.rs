@@ -144,6 +144,10 @@ fn run(cpu: &mut Cpu, thunk: &Thunk, linear: u64) -> Exec {
     }
     cpu.fill_frame(plan, &mut frame);
     if plan.mxcsr && cpu.simd_exceptions_unmasked() {
+        if plan.memory == MemoryUse::Write {
+            // The destination's page fault comes before #XM.
+            cpu.probe_write(linear, plan.size)?;
+        }
         cpu.run_unmasked(thunk, &mut frame, linear)?;
     } else if plan.x87 {
         cpu.run_mmx(thunk, &mut frame, linear)?;

@@ -712,7 +712,7 @@ fn outside_64_bit_mode_operands_go_through_segments() {
     }
     assert_eq!(cpu.state.vector.ymm[1], [[6; 16], [1; 16]].concat()[..]);
     assert_eq!(read::<16>(&cpu, OPERAND), [6; 16]);
-    assert_eq!(cpu.state.x87.st[0][..10], [0, 0, 0, 0, 0, 0, 0x30, 0xc0, 0x09, 0x40]);
+    assert_eq!(cpu.state.x87.st[0][..10], [0, 0, 0, 0, 0, 0, 0xc0, 0xc0, 0x09, 0x40]);
     cpu.state.gpr.set(reg::RBX, 0x2fff);
     for code in codes {
         assert_eq!(raised(&mut cpu, insn(code)), Some((vector::GP, Some(0))), "{code:02x?} past the limit");
