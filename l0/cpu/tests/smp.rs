@@ -118,7 +118,7 @@ fn locked_instructions_lose_no_update() {
 /// With a data breakpoint somewhere, every access takes the slow path.
 #[test]
 fn locked_instructions_lose_no_update_under_data_breakpoints() {
-    counts_agree(2, 3000, |_, cpu| {
+    counts_agree(2, 30_000, |_, cpu| {
         cpu.state.dr[0] = 0x1000;
         cpu.state.dr7 |= 0xd_0003;
     });
