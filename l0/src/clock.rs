@@ -48,6 +48,8 @@ pub struct Clock {
     source: ClockSource,
     start: Instant,
     tsc_hz: u64,
+    /// The TSC's value at guest time 0.
+    tsc_start: u64,
     virtual_ns: AtomicU64,
     /// Virtual mode: guest time spent halted, in nanoseconds.
     idle_ns: AtomicU64,
@@ -58,10 +60,16 @@ pub struct Clock {
 impl Clock {
     /// A clock that starts at zero now. `tsc_hz` is the guest's TSC frequency.
     pub fn new(source: ClockSource, tsc_hz: u64) -> Arc<Self> {
+        Self::with_tsc_start(source, tsc_hz, 0)
+    }
+
+    /// As [`Clock::new`], with a TSC that reads `tsc_start` now: the host's own, where a KVM guest reads that.
+    pub fn with_tsc_start(source: ClockSource, tsc_hz: u64, tsc_start: u64) -> Arc<Self> {
         Arc::new(Self {
             source,
             start: Instant::now(),
             tsc_hz,
+            tsc_start,
             virtual_ns: AtomicU64::new(0),
             idle_ns: AtomicU64::new(0),
             timers: Mutex::default(),
@@ -89,11 +97,12 @@ impl Clock {
 
     /// The TSC value at guest time `ns`.
     pub fn tsc_at(&self, ns: u64) -> u64 {
-        (u128::from(ns) * u128::from(self.tsc_hz) / 1_000_000_000) as u64
+        self.tsc_start.wrapping_add((u128::from(ns) * u128::from(self.tsc_hz) / 1_000_000_000) as u64)
     }
 
     /// The first guest time at which the TSC is at least `tsc`.
     pub fn ns_at_tsc(&self, tsc: u64) -> u64 {
+        let tsc = tsc.saturating_sub(self.tsc_start);
         (u128::from(tsc) * 1_000_000_000).div_ceil(u128::from(self.tsc_hz)).min(u128::from(u64::MAX)) as u64
     }
 
@@ -102,10 +111,10 @@ impl Clock {
         self.virtual_ns.fetch_max(ns, Ordering::Relaxed);
     }
 
-    /// Virtual mode: `instructions` have been executed since power-on.
-    pub fn executed(&self, instructions: u64) {
+    /// Virtual mode: the vCPU has executed for `ticks` since power-on.
+    pub fn executed(&self, ticks: u64) {
         if self.source == ClockSource::Virtual {
-            let busy = instructions.wrapping_mul(VIRTUAL_NS_PER_INSTRUCTION);
+            let busy = ticks.wrapping_mul(VIRTUAL_NS_PER_INSTRUCTION);
             self.advance_to(busy.wrapping_add(self.idle_ns.load(Ordering::Relaxed)));
         }
     }

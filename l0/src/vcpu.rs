@@ -114,8 +114,8 @@ impl CpuBus for MachineBus {
         self.irqchip.acknowledge(self.index)
     }
 
-    fn tsc(&mut self, instructions: u64) -> u64 {
-        self.clock.executed(instructions);
+    fn tsc(&mut self, ticks: u64) -> u64 {
+        self.clock.executed(ticks);
         self.clock.tsc_at(self.clock.now_ns())
     }
 
@@ -133,8 +133,8 @@ impl CpuBus for MachineBus {
         (got == 8).then(|| u64::from_le_bytes(bytes))
     }
 
-    fn at(&mut self, instructions: u64) {
-        self.clock.executed(instructions);
+    fn at(&mut self, ticks: u64) {
+        self.clock.executed(ticks);
     }
 }
 
@@ -188,7 +188,7 @@ impl Vcpu {
         }
         let budget = self.budget();
         let exit = self.engine.run(&mut self.cpu, budget)?;
-        self.clock.executed(self.cpu.state.instructions);
+        self.clock.executed(self.cpu.state.ticks());
         if self.clock.source() == ClockSource::Virtual {
             self.clock.fire_due();
         }

@@ -21,7 +21,7 @@ use crate::devices::lapic::APIC_TIMER_HZ;
 use crate::devices::virtio::DmaObserver;
 use crate::devices::{MachineControl, MachineEvent};
 use crate::doctor;
-use crate::engine::kvm::{KvmHost, KvmVm};
+use crate::engine::kvm::{GuestTsc, KvmHost, KvmVm};
 use crate::engine::{Engine, EngineError, Soft};
 use crate::error::RunError;
 use crate::memory::{HIGH_RAM_START, LOW_RAM_END, Ram};
@@ -115,8 +115,10 @@ impl Machine {
     /// Builds a machine; `serial` takes COM1's output.
     pub fn build(config: &MachineConfig, serial: SerialSink) -> Result<Self, RunError> {
         let started = Instant::now();
+        let kvm = open_engine(config)?;
+        let guest_tsc = kvm.as_ref().map(KvmHost::guest_tsc).transpose()?;
         let tsc_hz = match config.clock {
-            ClockSource::Host => HOST_TSC_HZ,
+            ClockSource::Host => guest_tsc.and_then(|tsc| tsc.hz).unwrap_or(HOST_TSC_HZ),
             ClockSource::Virtual => VIRTUAL_TSC_HZ,
         };
         if config.clock == ClockSource::Virtual && config.cpus != 1 {
@@ -126,10 +128,10 @@ impl Machine {
         for warning in model.warnings() {
             log::warn!("{warning}");
         }
-        let kvm = open_engine(config)?;
         let ram = Ram::new(config.memory)?;
         let physical = software_memory(&ram);
-        let clock = Clock::new(config.clock, tsc_hz);
+        let tsc_start = if guest_tsc.is_some_and(|tsc| !tsc.settable) { GuestTsc::host_now() } else { 0 };
+        let clock = Clock::with_tsc_start(config.clock, tsc_hz, tsc_start);
         let stop = Arc::new(Stop::default());
         let signals: Vec<_> = (0..config.cpus).map(|_| Arc::new(VcpuSignal::default())).collect();
         lock(&stop.signals).clone_from(&signals);

@@ -28,15 +28,14 @@ pub trait Bus: Send {
     fn set_cr8(&mut self, value: u8);
     /// Takes the interrupt to deliver now, if there still is one (the interrupt-acknowledge cycle).
     fn acknowledge_interrupt(&mut self) -> Option<u8>;
-    /// The clock behind the TSC, `instructions` having been completed since power-on.
-    fn tsc(&mut self, instructions: u64) -> u64;
+    /// The clock behind the TSC, the vCPU having executed for `ticks` ([`crate::state::CpuState::ticks`]).
+    fn tsc(&mut self, ticks: u64) -> u64;
     /// Random bits for RDRAND and RDSEED; none makes them report failure (CF = 0).
     fn random(&mut self) -> Option<u64> {
         None
     }
-    /// Called before every other call: `instructions` have been completed since power-on. For owners whose clock
-    /// counts instructions.
-    fn at(&mut self, _instructions: u64) {}
+    /// Called before every other call: the vCPU has executed for `ticks`. For owners whose clock counts them.
+    fn at(&mut self, _ticks: u64) {}
     /// CPUID, when the owner wants to answer it itself.
     fn cpuid(&mut self, _leaf: u32, _subleaf: u32) -> Option<[u32; 4]> {
         None

@@ -825,7 +825,7 @@ mod tests {
         for code in [Code::Endbr64, Code::Pause, Code::Wbnoinvd, Code::Nopd, Code::Syscall, Code::Iretq] {
             assert!(base.allows(&Instruction::with(code)), "{code:?}");
         }
-        for code in [Code::Vmlaunch, Code::Xend, Code::Vmmcall, Code::Getsec] {
+        for code in [Code::Vmlaunch, Code::Xend, Code::Vmmcall, Code::Getsecd] {
             assert!(!CpuModel::default().allows(&Instruction::with(code)), "{code:?}");
         }
     }

@@ -35,20 +35,15 @@ impl Cpu {
             // Fetching from outside RAM: all ones come back, which is no instruction.
             return Err(self.raise(Fault::ud()));
         };
-        // Another vCPU may write to the page while we read it: then decode again.
-        loop {
-            let version = self.mark_and_version(code, physical, 1);
-            let mut block = Block::new(key(physical, self.code_bits), code, version);
-            let mut builder = Builder { ops: [Op::new(undefined); MAX_BLOCK], count: 0 };
-            let complete = self.decode_within_page(&mut block, &mut builder, physical, code, version);
-            if !complete {
-                continue;
-            }
-            if builder.count == 0 {
-                return self.decode_crossing(block, linear, physical);
-            }
-            return Ok(self.blocks.insert(block, &builder.ops[..builder.count]));
+        let step = grain_left(physical);
+        let version = self.mark_and_version(code, physical, step);
+        let mut block = Block::new(key(physical, self.code_bits), code, version);
+        let mut builder = Builder { ops: [Op::new(undefined); MAX_BLOCK], count: 0 };
+        self.decode_within_page(&mut block, &mut builder, physical, code);
+        if builder.count == 0 {
+            return self.decode_crossing(block, linear, physical);
         }
+        Ok(self.blocks.insert(block, &builder.ops[..builder.count]))
     }
 
     fn mark_and_version(&mut self, code: &CodePage, physical: u64, len: usize) -> u32 {
@@ -58,15 +53,17 @@ impl Cpu {
         memory.mark_code(&peer, code, physical & 4095, len as u64, &mut || tlb.forget_writes())
     }
 
-    /// Decodes instructions that lie wholly in the page; false if the page changed meanwhile.
+    /// Decodes instructions that lie wholly in the page. `block` has the page's version from before its first bytes
+    /// were read: if another vCPU writes to the page meanwhile, what comes out is executed once, as instructions
+    /// fetched just before the write, and is not fresh when it is looked for again. So there is no need to decode
+    /// again here, which a guest could make endless.
     fn decode_within_page(
         &mut self,
         block: &mut Block,
         builder: &mut Builder,
         physical: u64,
         code: &CodePage,
-        version: u32,
-    ) -> bool {
+    ) {
         let page_left = 4096 - (physical & 4095) as usize;
         let mut bytes = [0u8; 4096];
         let (mut have, mut at) = (0, 0);
@@ -74,10 +71,8 @@ impl Cpu {
             let want = (at + MAX_LENGTH).min(page_left);
             while have < want {
                 let start = physical + have as u64;
-                let step = (GRAIN - (start as usize & (GRAIN - 1))).min(page_left - have);
-                if self.mark_and_version(code, start, step) != version {
-                    return false;
-                }
+                let step = grain_left(start);
+                self.mark_and_version(code, start, step);
                 self.memory.read(start, &mut bytes[have..have + step]);
                 have += step;
             }
@@ -107,7 +102,6 @@ impl Cpu {
         }
         block.count = builder.count as u16;
         block.len = at as u16;
-        true
     }
 
     /// A single instruction that crosses into the next page. Its second page's fetch may fault.
@@ -117,28 +111,24 @@ impl Cpu {
         let next_page = self.wrap(linear.wrapping_add(first_len as u64));
         let second = self.fetch_physical(next_page)?;
         let Some((_, second_code)) = memory.page(second) else { return Err(self.raise(Fault::ud())) };
-        loop {
-            let mut bytes = [0u8; MAX_LENGTH];
-            let first_len = first_len.min(MAX_LENGTH);
-            let second_version = self.mark_and_version(second_code, second, MAX_LENGTH - first_len);
-            memory.read(physical, &mut bytes[..first_len]);
-            memory.read(second, &mut bytes[first_len..]);
-            let mut decoder = Decoder::with_ip(self.code_bits, &bytes, 0, self.model.decoder_options());
-            let insn = decoder.decode();
-            let too_long = insn.is_invalid() && is_too_long(self.code_bits, &bytes);
-            if self.mark_and_version(second_code, second, MAX_LENGTH - first_len) != second_version {
-                continue;
-            }
-            let (op, _) = self.lower(&insn, too_long);
-            block.set_second(second, second_code, second_version);
-            block.count = 1;
-            block.len = insn.len().max(1) as u16;
-            return Ok(self.blocks.insert(block, &[op]));
-        }
+        let first_len = first_len.min(MAX_LENGTH);
+        // Marked and versioned before it is read, like the first page.
+        let second_version = self.mark_and_version(second_code, second, MAX_LENGTH - first_len);
+        let mut bytes = [0u8; MAX_LENGTH];
+        memory.read(physical, &mut bytes[..first_len]);
+        memory.read(second, &mut bytes[first_len..]);
+        let mut decoder = Decoder::with_ip(self.code_bits, &bytes, 0, self.model.decoder_options());
+        let insn = decoder.decode();
+        let too_long = insn.is_invalid() && is_too_long(self.code_bits, &bytes);
+        let (op, _) = self.lower(&insn, too_long);
+        block.set_second(second, second_code, second_version);
+        block.count = 1;
+        block.len = insn.len().max(1) as u16;
+        Ok(self.blocks.insert(block, &[op]))
     }
 
     /// The op for one instruction, and whether it ends its block.
-    fn lower(&mut self, insn: &Instruction, too_long: bool) -> (Op, bool) {
+    pub(crate) fn lower(&mut self, insn: &Instruction, too_long: bool) -> (Op, bool) {
         let mut op = Op::new(undefined);
         op.at = insn.ip() as u16;
         op.next = insn.next_ip() as u16;
@@ -160,7 +150,8 @@ impl Cpu {
             .or_else(|| interp::bits::lower(insn, &mut op))
             .or_else(|| interp::muldiv::lower(insn, &mut op))
             .or_else(|| interp::stack::lower(insn, &mut op))
-            .or_else(|| interp::string::lower(insn, &mut op));
+            .or_else(|| interp::string::lower(insn, &mut op))
+            .or_else(|| interp::vector::lower(insn, &mut op, flat));
         if let Some(handler) = hot {
             op.handler = handler;
             return (op, ends_block(insn));
@@ -207,6 +198,11 @@ fn is_too_long(bits: u32, bytes: &[u8]) -> bool {
         (!insn.is_invalid()).then(|| insn.len() + skip)
     });
     total.is_some_and(|total| total > MAX_LENGTH)
+}
+
+/// Bytes from `address` to the end of its grain, which is in the same page.
+fn grain_left(address: u64) -> usize {
+    GRAIN - (address as usize & (GRAIN - 1))
 }
 
 /// Fills in the memory operand's parts.

@@ -1,15 +1,16 @@
 //! The run loop: looks up at interrupts, traps and the owner's wishes where the architecture has them, and executes
 //! blocks in between.
 //!
-//! `instructions` counts completed instructions exactly: at any return and at the start of every block.
-
-use std::sync::atomic::Ordering;
+//! `instructions` counts completed instructions exactly: at any return and at the start of every block. Events
+//! delivered and pieces of repeated instructions take time as well (`stalls`): without them a guest that faults at
+//! its fault handler, or repeats MOVS for ever, would never use up a budget, and virtual time would stand still.
 
 use x86defs::{dr, rflags, vector};
 
 use crate::attention::Attention;
 use crate::block::{Block, MAX_BLOCK, key};
 use crate::op::Op;
+use crate::phys::Inside;
 use crate::state::{Activity, Event, EventKind, SLOT_BLOCK_IP, Seg, Shadow};
 use crate::trap::{Exec, Fault, Trap};
 use crate::{Cpu, Exit};
@@ -24,17 +25,16 @@ enum Next {
 }
 
 impl Cpu {
-    /// Executes for at most `budget` instructions, or until the owner must look.
+    /// Executes for at most `budget` ticks ([`crate::state::CpuState::ticks`]: instructions, and what else takes
+    /// time), or until the owner must look.
     pub fn run(&mut self, budget: u64) -> Exit {
-        let limit = self.state.instructions.saturating_add(budget);
-        self.peer.inside.store(true, Ordering::SeqCst);
+        let limit = self.state.ticks().saturating_add(budget);
+        let _inside = Inside::enter(&self.peer);
         self.attend();
-        let exit = self.run_until(limit);
-        self.peer.inside.store(false, Ordering::SeqCst);
-        exit
+        self.run_until(limit)
     }
 
-    /// Executes one instruction, and delivers what is due before it.
+    /// Executes one instruction, or delivers one event: an interrupt due before it or a fault that it raises.
     pub fn step(&mut self) -> Exit {
         self.run(1)
     }
@@ -62,8 +62,8 @@ impl Cpu {
                     continue;
                 }
             };
-            if self.state.instructions + u64::from(block.count) > limit {
-                if self.state.instructions >= limit {
+            if self.state.ticks() + u64::from(block.count) > limit {
+                if self.state.ticks() >= limit {
                     return Exit::Budget;
                 }
                 if let Some(exit) = self.one_instruction() {
@@ -95,7 +95,7 @@ impl Cpu {
                 _ => Exit::Halted,
             });
         }
-        if self.state.instructions >= limit {
+        if self.state.ticks() >= limit {
             return Next::Leave(Exit::Budget);
         }
         if let Some(exit) = self.deliver_due(attention) {
@@ -148,6 +148,7 @@ impl Cpu {
             return None;
         };
         self.state.shadow = Shadow::None;
+        self.state.stalls += 1;
         self.attend();
         match self.deliver(event) {
             Ok(()) => None,
@@ -157,6 +158,7 @@ impl Cpu {
 
     fn finish_fault(&mut self) -> Option<Exit> {
         self.attend();
+        self.state.stalls += 1;
         self.state.shadow = Shadow::None;
         if self.deliver_fault() {
             return None;
@@ -171,6 +173,7 @@ impl Cpu {
             Trap::Fault => self.finish_fault(),
             Trap::Again => {
                 self.attend();
+                self.state.stalls += 1;
                 None
             }
             Trap::Exit => Some(self.exit),

@@ -130,7 +130,7 @@ impl Cpu {
 
     /// The owner, told how far we are.
     pub fn bus(&mut self) -> &mut dyn Bus {
-        self.bus.at(self.state.instructions);
+        self.bus.at(self.state.ticks());
         &mut *self.bus
     }
 

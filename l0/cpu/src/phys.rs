@@ -2,10 +2,12 @@
 //! been translated as code.
 //!
 //! Invariants:
-//! - CODE-1: a page with a non-zero code mask is in nobody's fast write translations. Whoever sets the first bit
-//!   of a mask waits until every vCPU that is executing has dropped its fast write translations.
+//! - CODE-1: a page that some fresh block was decoded from is in nobody's fast write translations. Whoever sets the
+//!   first bit of a code mask waits until every vCPU that is executing has dropped its fast write translations.
 //! - CODE-2: after a write that overlaps a page's code mask, the page's version differs from what every block
 //!   decoded before the write remembers.
+//! - CODE-3: a page's version is odd while its mask goes from or to zero, and is another one afterwards. Blocks
+//!   remember even versions, so a block that is fresh has all its bits in the mask, set before it was decoded.
 //!
 //! One of the crate's unsafe islands: raw host pointers to guest RAM, which the owner keeps mapped for as long as
 //! this value lives. Guest RAM is accessed with single `mov`s of the operand's width, so that ordinary guest
@@ -24,7 +26,7 @@ const CODE_GRAIN: u64 = 64;
 pub(crate) struct CodePage {
     /// One bit for every 64 bytes that some block was decoded from.
     mask: AtomicU64,
-    /// Counts invalidations.
+    /// Goes up by two whenever the mask goes from or to zero; odd meanwhile (CODE-3).
     version: AtomicU32,
 }
 
@@ -34,10 +36,29 @@ impl CodePage {
         self.version.load(Ordering::Acquire)
     }
 
+    /// Takes the right to move the mask from or to zero; none if the page changed since it had `version`.
+    fn begin_change(&self, version: u32) -> Option<Change<'_>> {
+        let odd = version.wrapping_add(1);
+        self.version.compare_exchange(version, odd, Ordering::SeqCst, Ordering::Relaxed).ok()?;
+        Some(Change { page: self, after: version.wrapping_add(2) })
+    }
+
     /// True when stores to the page need no look at the code mask.
     #[inline(always)]
     pub(crate) fn is_plain(&self) -> bool {
         self.mask.load(Ordering::SeqCst) == 0
+    }
+}
+
+/// The right to move a page's mask from or to zero; given back on drop.
+struct Change<'a> {
+    page: &'a CodePage,
+    after: u32,
+}
+
+impl Drop for Change<'_> {
+    fn drop(&mut self) {
+        self.page.version.store(self.after, Ordering::SeqCst);
     }
 }
 
@@ -62,6 +83,34 @@ pub struct Peer {
     pub(crate) inside: AtomicBool,
     /// Its attention word.
     pub(crate) attention: Arc<Attention>,
+}
+
+impl Peer {
+    /// Does what another vCPU waits for, if one does.
+    fn answer(&self, drop_own_writes: &mut dyn FnMut()) {
+        if self.attention.get() & Attention::FORGET_WRITES != 0 {
+            drop_own_writes();
+            self.attention.clear(Attention::FORGET_WRITES);
+        }
+    }
+}
+
+/// Held while a vCPU executes: other vCPUs wait for its answers, and no longer once it is dropped, be it by a panic.
+pub(crate) struct Inside(Arc<Peer>);
+
+impl Inside {
+    pub(crate) fn enter(peer: &Arc<Peer>) -> Self {
+        peer.inside.store(true, Ordering::SeqCst);
+        // Whoever did not see us inside has left us a flag that we see now.
+        fence(Ordering::SeqCst);
+        Self(Arc::clone(peer))
+    }
+}
+
+impl Drop for Inside {
+    fn drop(&mut self) {
+        self.0.inside.store(false, Ordering::SeqCst);
+    }
 }
 
 /// Guest-physical memory, shared by all vCPUs.
@@ -208,15 +257,20 @@ impl PhysMemory {
         if mask & touched == 0 {
             return false;
         }
-        // The whole page's blocks become invalid, so nothing of it counts as code until it is decoded again.
-        // First the mask, then the version: see `mark_code`.
-        code.mask.store(0, Ordering::SeqCst);
-        code.version.fetch_add(1, Ordering::SeqCst);
+        // The whole page's blocks become invalid, so nothing of it counts as code until it is decoded again. Where
+        // somebody else is changing the page or has just done so, they make everything stale that was decoded
+        // before our write, and what is decoded afterwards sees it.
+        let version = code.version();
+        if version & 1 == 0 {
+            if let Some(_change) = code.begin_change(version) {
+                code.mask.store(0, Ordering::SeqCst);
+            }
+        }
         true
     }
 
-    /// Marks `len` bytes at `offset` of the page at `address` as code, before they are decoded, and returns the
-    /// version a block decoded now must carry. Waits for other vCPUs if the page had no code before (CODE-1);
+    /// Marks `len` bytes at `offset` of a page as code, before they are decoded, and returns the version that a
+    /// block decoded now must carry. Waits for other vCPUs if the page had no code before (CODE-1);
     /// `drop_own_writes` drops the caller's fast write translations.
     pub(crate) fn mark_code(
         &self,
@@ -230,16 +284,27 @@ impl PhysMemory {
         let last = (offset + len.max(1) - 1).min(4095) / CODE_GRAIN;
         let bits = (u64::MAX >> (63 - (last - first))) << first;
         loop {
-            if code.mask.fetch_or(bits, Ordering::SeqCst) == 0 {
+            let version = code.version();
+            if version & 1 != 0 {
+                // Whoever changes the page may be waiting for us.
+                me.answer(drop_own_writes);
+                std::thread::yield_now();
+                continue;
+            }
+            let mask = code.mask.load(Ordering::SeqCst);
+            if mask == 0 {
+                let Some(change) = code.begin_change(version) else { continue };
+                code.mask.store(bits, Ordering::SeqCst);
                 drop_own_writes();
                 self.drop_write_translations_of_others(me, drop_own_writes);
+                return change.after;
             }
-            fence(Ordering::SeqCst);
-            let version = code.version();
-            fence(Ordering::SeqCst);
-            // A writer clears the mask before it counts up the version: with our bits still there, a writer that
-            // takes them away later also makes `version` old.
-            if code.mask.load(Ordering::SeqCst) & bits == bits {
+            // Never from zero, which would leave out the others: hence no plain `fetch_or`.
+            let wanted = mask | bits;
+            let marked = wanted == mask
+                || code.mask.compare_exchange(mask, wanted, Ordering::SeqCst, Ordering::Relaxed).is_ok();
+            // The same even version as before: the mask was not zero in between.
+            if marked && code.version() == version {
                 return version;
             }
         }
@@ -252,12 +317,8 @@ impl PhysMemory {
         }
         for peer in peers.iter().filter(|p| !std::ptr::eq(&raw const ***p, me)) {
             while peer.inside.load(Ordering::SeqCst) && peer.attention.get() & Attention::FORGET_WRITES != 0 {
-                // Two vCPUs may wait for each other: answer while waiting.
-                if me.attention.get() & Attention::FORGET_WRITES != 0 {
-                    drop_own_writes();
-                    me.attention.clear(Attention::FORGET_WRITES);
-                }
-                std::hint::spin_loop();
+                // Two vCPUs may wait for each other.
+                me.answer(drop_own_writes);
                 std::thread::yield_now();
             }
         }

@@ -299,6 +299,8 @@ pub struct CpuState {
     pub cpl: u8,
     /// Instructions completed since power-on.
     pub instructions: u64,
+    /// Events delivered and instructions left half-way since power-on.
+    pub stalls: u64,
 }
 
 impl Default for CpuState {
@@ -346,6 +348,7 @@ impl CpuState {
             injected: None,
             cpl: 0,
             instructions: 0,
+            stalls: 0,
         }
     }
 
@@ -361,6 +364,13 @@ impl CpuState {
         self.x87 = keep.x87;
         self.vector = keep.vector;
         self.instructions = keep.instructions;
+        self.stalls = keep.stalls;
+    }
+
+    /// The time this vCPU has used: what budgets and clocks that follow execution count.
+    #[inline(always)]
+    pub fn ticks(&self) -> u64 {
+        self.instructions.wrapping_add(self.stalls)
     }
 
     /// Starts at `vector << 12` in real mode, as a start-up IPI does.

@@ -1,36 +1,52 @@
-//! The KVM engine.
+//! The KVM engine: guest instructions on the host's processor, through /dev/kvm.
+//!
+//! KVM's vCPU is a cache of [`turtles_cpu::state::CpuState`], the vCPU's home. State is moved in before the guest
+//! runs and moved out before the engine returns, only as far as it differs. I/O, MMIO and MSR exits are answered
+//! through [`turtles_cpu::bus::Bus`] without moving it. Whatever KVM cannot execute (its emulator has no such
+//! instruction, the host kernel cannot reach the memory, the entry fails) the software CPU finishes, and KVM goes
+//! on: no exit of KVM's is fatal to the guest as long as there is another way to go on.
+//!
+//! Interrupt controllers are ours, not KVM's: the engine asks the bus for a vector when KVM says that one can be
+//! taken.
+//!
+//! - `host`: /dev/kvm and what it can do; `vm`: memory slots and the MSR filter
+//! - `vcpu`: the run loop; `exits`: what an exit is answered with; `kick`: getting out of KVM_RUN
+//! - `transfer`: moving state, with `convert` (registers, events), `xsave`, `msrs` and `tsc`
+//! - `cpuid`: what the guest may see; `probe`: how fast this KVM is
+//!
+//! Invariants:
+//! - KICK-1: whoever sets an attention bit either is seen before KVM_RUN, or ends it.
+//! - STALE-1: what the software CPU derived from guest memory is dropped before it runs after KVM, and what KVM
+//!   derived from page tables is dropped after the software CPU may have changed or invalidated them.
 
-use std::sync::Arc;
+mod convert;
+mod cpuid;
+mod exits;
+mod host;
+mod ioctl;
+mod kick;
+mod msrs;
+mod probe;
+mod transfer;
+mod tsc;
+mod vcpu;
+mod vm;
+mod xsave;
 
-use turtles_cpu::Cpu;
+#[cfg(test)]
+mod tests;
 
-use super::{Engine, EngineError, Soft};
-use crate::memory::Ram;
-use crate::vcpu_signal::VcpuSignal;
+pub use cpuid::LostFeature;
+pub use host::{CAPABILITIES, Capability, KvmHost, Need, OpenError};
+pub use probe::Speed;
+pub use tsc::GuestTsc;
+pub use vcpu::{KvmVcpu, Stats};
+pub use vm::KvmVm;
 
-/// The host's KVM.
-pub struct KvmHost;
+use super::EngineError;
 
-impl KvmHost {
-    /// UNSUPPORTED: not there yet.
-    pub fn open() -> Result<Self, EngineError> {
-        Err(EngineError::KvmExit("the KVM engine is not there yet; use --engine soft".into()))
-    }
+/// Turns a failed ioctl into an engine error that says what was being done.
+fn failed(what: impl Into<String>) -> impl FnOnce(kvm_ioctls::Error) -> EngineError {
+    let what = what.into();
+    move |error| EngineError::Kvm { what, source: std::io::Error::from_raw_os_error(error.errno()) }
 }
-
-/// A VM of the host's KVM.
-pub struct KvmVm;
-
-impl KvmVm {
-    /// A VM over guest RAM.
-    pub fn new(_: &KvmHost, _: &Ram) -> Result<Self, EngineError> {
-        Ok(Self)
-    }
-
-    /// A vCPU's engine.
-    pub fn vcpu(&self, _: usize, _: Arc<VcpuSignal>, _: &Cpu) -> Result<Soft, EngineError> {
-        Ok(Soft)
-    }
-}
-
-const _: fn(&Soft) -> &'static str = <Soft as Engine>::name;

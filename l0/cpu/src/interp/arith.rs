@@ -8,7 +8,7 @@ use super::host::{Int, Status};
 use super::operands::offset_of;
 use crate::Cpu;
 use crate::mmu::Place;
-use crate::mmu::walk::Access;
+use crate::mmu::walk::{Access, Privilege};
 use crate::op::{Handler, Op};
 use crate::trap::Exec;
 
@@ -222,17 +222,9 @@ impl Cpu {
     ///
     /// DEVIATION: across a page boundary, or outside RAM, the access is not atomic.
     pub(crate) fn locked<T: Int>(&mut self, linear: u64, mut f: impl FnMut(&mut Status, T) -> T) -> Exec {
-        let (at, physical) = match self.fast_write_pointer(linear, T::SIZE) {
-            Some(at) => (at, None),
-            None => {
-                self.probe_write(linear, T::SIZE)?;
-                let crosses = (linear & 4095) as usize + T::SIZE > 4096;
-                let slow = self.data_mode == crate::mmu::tlb::Mode::Slow;
-                match self.place(linear, Access::Write, self.privilege())? {
-                    Place::Ram(physical, at) if !crosses && !slow => (at, Some(physical)),
-                    _ => return self.modify::<T>(linear, f),
-                }
-            }
+        let (at, physical) = match self.locked_place(linear, T::SIZE)? {
+            Some(place) => place,
+            None => return self.modify::<T>(linear, f),
         };
         loop {
             let mut status = self.state.status;
@@ -247,22 +239,44 @@ impl Cpu {
                 break;
             }
         }
-        if let Some(physical) = physical {
-            self.wrote_ram(physical, T::SIZE as u64);
-        }
+        self.wrote_locked(linear, T::SIZE, physical);
         Ok(())
     }
-}
 
-impl Cpu {
+    /// Host pointer for an atomic access to `size` bytes, with the guest-physical address where the write must be
+    /// told of ([`Cpu::wrote_locked`]); none where no single host access does it. Raises the write's faults.
+    fn locked_place(&mut self, linear: u64, size: usize) -> Exec<Option<(*mut u8, Option<u64>)>> {
+        if let Some(at) = self.fast_write_pointer(linear, size) {
+            return Ok(Some((at, None)));
+        }
+        if self.privilege() == Privilege::User {
+            self.check_alignment(linear, size)?;
+        }
+        self.probe_write(linear, size)?;
+        if (linear & 4095) as usize + size > 4096 {
+            return Ok(None);
+        }
+        Ok(match self.place(linear, Access::Write, self.privilege())? {
+            Place::Ram(physical, at) => Some((at, Some(physical))),
+            Place::Mmio(_) => None,
+        })
+    }
+
+    /// What follows a write that did not take the fast path.
+    fn wrote_locked(&mut self, linear: u64, size: usize, physical: Option<u64>) {
+        if let Some(physical) = physical {
+            self.wrote_ram(physical, size as u64);
+            self.note_data_breakpoint(linear, size, true);
+        }
+    }
+
     /// CMPXCHG16B's memory side: if the 16 bytes at `linear` (aligned) are `expected`, they become `new`; returns
     /// what was there. Outside RAM the access is two of eight bytes.
     pub(crate) fn exchange16(&mut self, linear: u64, expected: u128, new: u128) -> Exec<u128> {
-        self.probe_write(linear, 16)?;
-        if let Place::Ram(physical, at) = self.place(linear, Access::Write, self.privilege())? {
+        if let Some((at, physical)) = self.locked_place(linear, 16)? {
             // SAFETY: `at` names 16 aligned bytes of guest RAM in one page, writable by the present privilege.
             let seen = unsafe { super::host::lock_exchange16(at, expected, new) };
-            self.wrote_ram(physical, 16);
+            self.wrote_locked(linear, 16, physical);
             return Ok(seen);
         }
         let low = u128::from(self.load::<u64>(linear)?);

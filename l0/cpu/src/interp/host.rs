@@ -244,10 +244,11 @@ wide!(u64, ":r");
 /// `at` must point to 16 aligned, writable bytes of guest RAM.
 pub(crate) unsafe fn lock_exchange16(at: *mut u8, expected: u128, new: u128) -> u128 {
     let (low, high): (u64, u64);
-    // SAFETY: the caller vouches for `at`; RBX is saved around its use, as the compiler keeps it for itself.
+    // SAFETY: the caller vouches for `at`; RBX is saved around its use, as the compiler keeps it for itself. The
+    // address has a register by name: left to the compiler it might be RBX.
     unsafe {
-        asm!("xchg rbx, {new_low}", "lock cmpxchg16b [{at}]", "mov rbx, {new_low}",
-            at = in(reg) at, new_low = inout(reg) new as u64 => _, in("rcx") (new >> 64) as u64,
+        asm!("xchg rbx, {new_low}", "lock cmpxchg16b [rdi]", "mov rbx, {new_low}",
+            in("rdi") at, new_low = inout(reg) new as u64 => _, in("rcx") (new >> 64) as u64,
             inout("rax") expected as u64 => low, inout("rdx") (expected >> 64) as u64 => high,
             options(nostack));
     }

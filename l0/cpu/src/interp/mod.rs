@@ -18,6 +18,8 @@ pub(crate) mod descriptor;
 pub(crate) mod far;
 pub(crate) mod flags;
 mod host;
+#[cfg(test)]
+pub(crate) mod host_compare;
 pub(crate) mod io;
 pub(crate) mod iret;
 pub(crate) mod mov;
@@ -65,6 +67,7 @@ pub(crate) fn lower_cold(insn: &Instruction) -> Option<ColdLowering> {
             return Some((handler, 0, ends(insn)));
         }
     }
-    let (handler, data) = vector::lower(insn).or_else(|| x87::lower(insn)).or_else(|| xstate::lower(insn))?;
+    let (handler, data) =
+        vector::lower_cold(insn).or_else(|| x87::lower(insn)).or_else(|| xstate::lower(insn))?;
     Some((handler, data, false))
 }

@@ -187,8 +187,8 @@ impl Cpu {
         }
         match index {
             m::IA32_TSC => {
-                let instructions = self.state.instructions;
-                let clock = self.bus().tsc(instructions);
+                let ticks = self.state.ticks();
+                let clock = self.bus().tsc(ticks);
                 self.state.msrs.tsc_adjust = value.wrapping_sub(clock);
             }
             m::IA32_TSC_ADJUST => {

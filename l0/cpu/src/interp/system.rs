@@ -158,8 +158,8 @@ fn serialize(cpu: &mut Cpu, _: &Cold) -> Exec {
 impl Cpu {
     /// The TSC now.
     pub(crate) fn read_tsc(&mut self) -> u64 {
-        let instructions = self.state.instructions;
-        let clock = self.bus().tsc(instructions);
+        let ticks = self.state.ticks();
+        let clock = self.bus().tsc(ticks);
         self.state.tsc(clock)
     }
 

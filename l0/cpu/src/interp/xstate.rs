@@ -7,6 +7,9 @@
 //! An instruction first finds out whether all of its writes would succeed, then writes; it reads and checks a whole
 //! image before it changes any register.
 
+#[cfg(test)]
+mod tests;
+
 use iced_x86::{Instruction, Mnemonic};
 use x86defs::{cr0, cr4, vector, xcr0};
 

@@ -340,7 +340,7 @@ impl Cpu {
     }
 
     /// #AC: CR0.AM, RFLAGS.AC and CPL 3.
-    fn check_alignment(&mut self, linear: u64, size: usize) -> Exec {
+    pub(crate) fn check_alignment(&mut self, linear: u64, size: usize) -> Exec {
         if !self.alignment_checked() || size > 8 || !size.is_power_of_two() || linear & (size as u64 - 1) == 0
         {
             return Ok(());
@@ -353,7 +353,7 @@ impl Cpu {
     }
 
     /// Remembers data breakpoints that an access hit; they trap after the instruction.
-    fn note_data_breakpoint(&mut self, linear: u64, size: usize, write: bool) {
+    pub(crate) fn note_data_breakpoint(&mut self, linear: u64, size: usize, write: bool) {
         if self.state.dr7 & dr::DR7_ENABLES == 0 {
             return;
         }

@@ -27,12 +27,6 @@ macro_rules! features {
                 $(if $host { set |= Self::$name.0; })*
                 Self(set)
             }
-
-            /// Every extension in the set, by iced's name.
-            #[cfg(test)]
-            pub(crate) fn names() -> &'static [(&'static str, Self)] {
-                &[$((stringify!($name), Self::$name)),*]
-            }
         }
     };
 }

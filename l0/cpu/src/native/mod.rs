@@ -6,8 +6,8 @@
 //! exceptions are the business of `interp::{vector, x87}`.
 //!
 //! Invariants:
-//! - THUNK-1: a thunk in the process-wide store is never freed or changed. [`Handle::data`] of such a thunk is its
-//!   address, and only that goes into the `data` of a cold op whose handler is one of those families'.
+//! - THUNK-1: a thunk in the process-wide store is never freed or changed. [`Thunk::data`] is its address, and whoever
+//!   gives an op a handler that asks [`Thunk::of`] puts that into the op, and nothing else.
 //! - THUNK-2: the store is bounded. When it is full, instructions it does not have are assembled anew into
 //!   per-thread memory each time they execute: slow, but a guest cannot make us grow.
 //!
@@ -65,12 +65,15 @@ pub(crate) enum Handle {
     /// By this thunk.
     Kept(&'static Thunk),
     /// By a thunk assembled each time: see [`with_temporary`].
-    Temporary(Plan),
+    Temporary,
 }
 
 /// Finds or makes the thunk for an instruction; none if it is not one that we execute.
 pub(crate) fn prepare(insn: &Instruction) -> Option<Handle> {
     let plan = Plan::new(insn)?;
+    if !FeatureSet::host().contains(plan.features) {
+        return None;
+    }
     let key = thunk::key(&plan).ok()?;
     let mut store = store().ok()?.lock().unwrap_or_else(PoisonError::into_inner);
     if let Some(thunk) = store.thunks.get(&key) {
@@ -78,9 +81,9 @@ pub(crate) fn prepare(insn: &Instruction) -> Option<Handle> {
     }
     let code = thunk::emit(&plan).ok()?;
     if store.thunks.len() >= MOST_THUNKS {
-        return Some(Handle::Temporary(plan));
+        return Some(Handle::Temporary);
     }
-    let Some(entry) = store.code.append(&code) else { return Some(Handle::Temporary(plan)) };
+    let Some(entry) = store.code.append(&code) else { return Some(Handle::Temporary) };
     // SAFETY: `entry` is where the code just made for the plan was put, for good.
     let thunk = unsafe { Thunk::new(plan, entry) };
     let thunk: &'static Thunk = Box::leak(Box::new(thunk));
@@ -89,16 +92,16 @@ pub(crate) fn prepare(insn: &Instruction) -> Option<Handle> {
 }
 
 impl Thunk {
-    /// What to keep in a cold op.
+    /// What to keep in an op.
     pub(crate) fn data(&'static self) -> u64 {
         std::ptr::from_ref(self) as u64
     }
 
-    /// The thunk of a cold op; the handlers for kept thunks may ask this, and no others.
+    /// The thunk that an op names; the handlers for kept thunks may ask this of their own op, and nobody else.
     #[inline(always)]
-    pub(crate) fn of(cold: &crate::op::Cold) -> &'static Self {
-        // SAFETY: THUNK-1: the data of an op with such a handler is the address of a leaked thunk.
-        unsafe { &*(cold.data as *const Self) }
+    pub(crate) fn of(data: u64) -> &'static Self {
+        // SAFETY: THUNK-1: an op with such a handler names a leaked thunk.
+        unsafe { &*(data as *const Self) }
     }
 }
 

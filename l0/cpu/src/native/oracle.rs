@@ -92,7 +92,7 @@ impl Machine {
     ///
     /// # Safety
     /// The instruction must exist on the host, and access nothing but the machine's registers and [R8].
-    pub(crate) unsafe fn execute(&mut self, code: *const u8, operand: &mut [u8; 128]) {
+    pub(crate) unsafe fn execute(&mut self, code: *const u8, operand: &mut [u8; 256]) {
         assert!(available());
         self.operand = operand.as_mut_ptr() as u64 + 64 - (operand.as_ptr() as u64 & 31);
         self.code = code as u64;
@@ -113,6 +113,7 @@ macro_rules! instructions {
             concat!($(".balign 32\n", $text, "\nret\n",)* ".balign 32\n.popsection"),
             );
         }
+        #[allow(clippy::undocumented_unsafe_blocks, reason = "comments get lost in expansions")]
         // SAFETY: the table above has 32 bytes of code for each text.
         let code: &'static [u8] =
             unsafe { std::slice::from_raw_parts(&raw const $symbol, 32 * [$($text),*].len()) };
@@ -120,3 +121,24 @@ macro_rules! instructions {
     }};
 }
 pub(crate) use instructions;
+
+/// Executable memory for instructions made up by a test.
+pub(crate) struct Code(super::CodeMemory);
+
+impl Code {
+    pub(crate) fn new() -> Self {
+        Self(super::CodeMemory::new(16 << 20).unwrap())
+    }
+
+    /// The instruction and RET, as a function to execute.
+    pub(crate) fn put(&mut self, insn: &iced_x86::Instruction) -> &'static [u8] {
+        let mut encoder = iced_x86::Encoder::new(64);
+        encoder.encode(insn, 0).unwrap();
+        let mut code = encoder.take_buffer();
+        code.push(0xc3);
+        code.resize(32, 0x90);
+        let at = self.0.append(&code).unwrap();
+        // SAFETY: the bytes just appended stay where they are for good.
+        unsafe { std::slice::from_raw_parts(at, code.len()) }
+    }
+}

@@ -12,7 +12,8 @@
 //!     mov [rsi + rax], rax ...
 //!     seto al; lahf; mov [rsi + status], eax
 //!     movups    [rdi + 32 N], xmmN
-//!     stmxcsr   [rsi + mxcsr_after]; ldmxcsr [rsi + mxcsr_default]
+//!     stmxcsr   [rsi + mxcsr_after]
+//!     cmp [rsi + mxcsr_differs], 0; je +4; ldmxcsr [rsi + mxcsr_default]
 //!     fxsave64  [rcx]; fninit
 //!     vzeroupper
 //!     ret
@@ -48,6 +49,8 @@ pub(crate) struct Frame {
     pub mxcsr: u32,
     pub mxcsr_after: u32,
     mxcsr_default: u32,
+    /// The guest's rounding mode or the like is not the host's.
+    mxcsr_differs: u32,
 }
 
 const _: () = assert!(offset_of!(Frame, operand) == 0);
@@ -64,7 +67,17 @@ impl Frame {
             mxcsr: MXCSR_DEFAULT,
             mxcsr_after: 0,
             mxcsr_default: MXCSR_DEFAULT,
+            mxcsr_differs: 0,
         }
+    }
+
+    /// Leaves only bits that every processor with SSE2 and DAZ knows, others would fault on loading, and finds out
+    /// whether Rust code may run with them (it does not care for the sticky flags).
+    #[inline(always)]
+    fn set_mxcsr(&mut self) {
+        const FLAGS: u32 = 0x3f;
+        self.mxcsr &= 0xffff;
+        self.mxcsr_differs = (self.mxcsr ^ MXCSR_DEFAULT) & !FLAGS;
     }
 }
 
@@ -96,12 +109,24 @@ impl Thunk {
         unsafe { (self.entry)(vector, none, none.cast(), none.cast()) }
     }
 
+    /// Executes an instruction that has only vector registers and a memory operand that it reads.
+    ///
+    /// # Safety
+    /// `operand` must point to as many readable bytes as the plan's operand has, aligned if the plan says so.
+    #[inline(always)]
+    pub(super) unsafe fn run_load(&self, vector: &mut VectorState, operand: *const u8) {
+        debug_assert!(self.plan.is_plain_load());
+        let frame = operand.cast_mut().cast::<Frame>();
+        // SAFETY: the code was made for this plan, which touches `vector` and reads the operand at the start of what
+        // it takes for a frame, and nothing else.
+        unsafe { (self.entry)(vector, frame, std::ptr::null(), std::ptr::null_mut()) }
+    }
+
     /// Executes an instruction without x87 or MMX registers.
     #[inline(always)]
     pub(crate) fn run(&self, vector: &mut VectorState, frame: &mut Frame) {
         assert!(!self.plan.x87);
-        // Only bits that every processor with SSE2 and DAZ knows: others would fault on loading.
-        frame.mxcsr &= 0xffff;
+        frame.set_mxcsr();
         // SAFETY: the code was made for this plan, which touches `vector` and `frame` only (no x87).
         unsafe { (self.entry)(vector, frame, std::ptr::null(), std::ptr::null_mut()) }
     }
@@ -115,7 +140,7 @@ impl Thunk {
         from: &mut X87State,
         to: &mut X87State,
     ) {
-        frame.mxcsr &= 0xffff;
+        frame.set_mxcsr();
         from.mxcsr_image = MXCSR_DEFAULT;
         // SAFETY: the code was made for this plan; `from` and `to` are aligned FXSAVE images, and `from` holds a
         // valid MXCSR.
@@ -209,7 +234,13 @@ impl Emitter {
         if plan.mxcsr {
             let code = Code::Stmxcsr_m32;
             self.memory(code, Register::RSI, offset_of!(Frame, mxcsr_after))?;
-            self.memory(Code::Ldmxcsr_m32, Register::RSI, offset_of!(Frame, mxcsr_default))?;
+            let differs = at(Register::RSI, offset_of!(Frame, mxcsr_differs));
+            self.add(Instruction::with2(Code::Cmp_rm32_imm8, differs, 0)?)?;
+            let restore =
+                Instruction::with1(Code::Ldmxcsr_m32, at(Register::RSI, offset_of!(Frame, mxcsr_default)))?;
+            let (length, jump) = (Encoder::new(64).encode(&restore, 0)?, 2);
+            self.add(Instruction::with_branch(Code::Je_rel8_64, (jump + length) as u64)?)?;
+            self.add(restore)?;
         }
         if plan.x87 {
             self.memory(Code::Fxsave64_m512byte, Register::RCX, 0)?;

@@ -8,6 +8,7 @@
 use std::arch::asm;
 use std::arch::x86_64::{__m128i, _mm_loadu_si128, _mm_setzero_si128, _mm_storeu_si128};
 
+use super::Thunk;
 use crate::Cpu;
 use crate::phys::Word;
 use crate::trap::Exec;
@@ -90,7 +91,29 @@ impl Word for Xmm {
     }
 }
 
+/// A buffer for an operand that is not accessed in place.
+#[repr(align(64))]
+struct Operand([u8; 64]);
+
 impl Cpu {
+    /// Executes an instruction with a memory operand at `linear` that it reads, in place where the TLB allows.
+    #[inline(always)]
+    pub(crate) fn run_load(&mut self, thunk: &Thunk, linear: u64) -> Exec {
+        let size = thunk.plan.size;
+        let in_page = (linear & 4095) as usize + size <= 4096;
+        if let Some(host) = self.fast_read_pointer(linear).filter(|_| in_page) {
+            // SAFETY: `fast_read_pointer` vouches for the page of guest RAM that holds the whole operand. Pages are
+            // aligned alike in guest and host, so it is aligned if the guest's is, which the caller checked.
+            unsafe { thunk.run_load(&mut self.state.vector, host) };
+            return Ok(());
+        }
+        let mut operand = Operand([0; 64]);
+        self.load_vector(linear, size, &mut operand.0)?;
+        // SAFETY: the buffer is larger than any operand, and aligned.
+        unsafe { thunk.run_load(&mut self.state.vector, operand.0.as_ptr()) };
+        Ok(())
+    }
+
     /// Reads a 32-byte operand.
     #[inline(always)]
     pub(crate) fn load_32(&mut self, linear: u64, to: &mut [u8; 32]) -> Exec {

@@ -10,7 +10,7 @@
 use x86defs::{cr4, vector};
 
 use crate::Cpu;
-use crate::native::{Class, FeatureSet, Frame, MemoryUse, Thunk};
+use crate::native::{Class, Frame, MemoryUse, Thunk};
 use crate::op::Cold;
 use crate::state::X87State;
 use crate::trap::{Exec, Fault};
@@ -89,8 +89,8 @@ impl Cpu {
 
 fn check(cpu: &mut Cpu, cold: &Cold) -> Exec {
     match cold.insn.encoding() {
-        iced_x86::EncodingKind::VEX => cpu.check_vector(Class::Vex, FeatureSet::AVX),
-        _ => cpu.check_vector(Class::Sse, FeatureSet::SSE),
+        iced_x86::EncodingKind::VEX => cpu.check_vector(Class::Vex),
+        _ => cpu.check_vector(Class::Sse),
     }
 }
 

@@ -6,12 +6,12 @@ use iced_x86::{Code, Instruction, Mnemonic, OpKind, Register};
 use super::element_linear;
 use crate::Cpu;
 use crate::interp::operands::{address_bits, memory_segment, segment_of};
-use crate::native::{Class, FeatureSet};
+use crate::native::Class;
 use crate::op::{Cold, ColdHandler};
 use crate::state::{Seg, reg};
 use crate::trap::{Exec, Fault};
 
-pub(super) fn lower(insn: &Instruction) -> Option<(ColdHandler, u64)> {
+pub(super) fn lower(insn: &Instruction) -> Option<ColdHandler> {
     use Mnemonic as M;
     let handler: ColdHandler = match insn.mnemonic() {
         M::Vpgatherdd | M::Vgatherdps => gather::<4, 4>,
@@ -24,7 +24,7 @@ pub(super) fn lower(insn: &Instruction) -> Option<(ColdHandler, u64)> {
         M::Maskmovq => masked_mmx_bytes,
         _ => return None,
     };
-    Some((handler, 0))
+    Some(handler)
 }
 
 fn number(register: Register) -> usize {
@@ -55,7 +55,7 @@ fn selected<const SIZE: usize>(mask: &[u8; 32], index: usize) -> bool {
 /// Each element that is loaded clears its part of the mask, so that after a fault the instruction goes on where it
 /// stopped.
 fn gather<const SIZE: usize, const INDEX: usize>(cpu: &mut Cpu, cold: &Cold) -> Exec {
-    cpu.check_vector(Class::Vex, FeatureSet::AVX2)?;
+    cpu.check_vector(Class::Vex)?;
     let insn = &cold.insn;
     let (to, index, mask) = (insn.op0_register(), insn.memory_index(), insn.op2_register());
     let (to, at, mask) = (number(to), number(index), number(mask));
@@ -106,8 +106,7 @@ fn vector_bytes(insn: &Instruction) -> usize {
 /// VMASKMOVPS/PD, VPMASKMOVD/Q, both directions.
 fn masked_move<const SIZE: usize>(cpu: &mut Cpu, cold: &Cold) -> Exec {
     let insn = &cold.insn;
-    let integer = matches!(insn.mnemonic(), Mnemonic::Vpmaskmovd | Mnemonic::Vpmaskmovq);
-    cpu.check_vector(Class::Vex, if integer { FeatureSet::AVX2 } else { FeatureSet::AVX })?;
+    cpu.check_vector(Class::Vex)?;
     let seg = memory_segment(insn);
     let bits = address_bits(insn);
     let base = cpu.effective_address(insn);
@@ -141,9 +140,9 @@ fn masked_move<const SIZE: usize>(cpu: &mut Cpu, cold: &Cold) -> Exec {
 fn masked_bytes(cpu: &mut Cpu, cold: &Cold) -> Exec {
     let insn = &cold.insn;
     if insn.code() == Code::VEX_Vmaskmovdqu_rDI_xmm_xmm {
-        cpu.check_vector(Class::Vex, FeatureSet::AVX)?;
+        cpu.check_vector(Class::Vex)?;
     } else {
-        cpu.check_vector(Class::Sse, FeatureSet::SSE2)?;
+        cpu.check_vector(Class::Sse)?;
     }
     let from = cpu.state.vector.ymm[number(insn.op1_register())];
     let mask = cpu.state.vector.ymm[number(insn.op2_register())];
@@ -153,7 +152,7 @@ fn masked_bytes(cpu: &mut Cpu, cold: &Cold) -> Exec {
 /// MASKMOVQ; like every instruction on MMX registers it leaves x87 state in MMX mode.
 fn masked_mmx_bytes(cpu: &mut Cpu, cold: &Cold) -> Exec {
     let insn = &cold.insn;
-    cpu.check_vector(Class::Mmx, FeatureSet::SSE)?;
+    cpu.check_vector(Class::Mmx)?;
     let x87 = &cpu.state.x87;
     let from = x87.mmx(insn.op1_register().number());
     let mask = x87.mmx(insn.op2_register().number());

@@ -1,5 +1,7 @@
 //! Vector instructions: MMX, SSE to SSE4.2, AVX, AVX2, FMA, F16C, AES, SHA and what else works on those registers.
 //!
+//! Whether CPUID shows the instruction's extension at all was asked when it was decoded.
+//!
 //! The arithmetic is the host's (see [`crate::native`]); here is what surrounds it: whether the instruction may
 //! execute, the memory operand with its alignment and faults, and floating-point exceptions. Plain moves, the
 //! commonest of all, need no host instruction and are in [`moves`]; instructions that access memory element by
@@ -13,95 +15,130 @@ mod moves;
 #[cfg(test)]
 mod tests;
 
-use iced_x86::{Code, EncodingKind, Instruction, Mnemonic, OpKind, Register};
+use iced_x86::{EncodingKind, Instruction, Mnemonic, OpKind, Register};
 use x86defs::{cr0, cr4, vector, xcr0};
 
 use crate::Cpu;
+use crate::interp::address::Addressing;
 use crate::native::{
-    Class, FeatureSet, Frame, Handle, MemoryUse, Plan, RAX, RCX, RDX, Thunk, Xmm, prepare, with_temporary,
+    Class, Frame, Handle, MemoryUse, Plan, RAX, RCX, RDX, Thunk, Xmm, prepare, with_temporary,
 };
-use crate::op::{Cold, ColdHandler};
+use crate::op::{Cold, ColdHandler, Handler, Op};
 use crate::state::{Seg, X87State, reg};
-use crate::trap::{Exec, Fault};
+use crate::trap::{Exec, Fault, Trap};
 
 /// FSW: an unmasked x87 exception is pending.
 pub(crate) const FSW_ES: u16 = 1 << 7;
 
-/// How to execute a vector instruction; none for instructions of other families and for those nobody has.
-pub(crate) fn lower(insn: &Instruction) -> Option<(ColdHandler, u64)> {
-    use Mnemonic as M;
-    match insn.mnemonic() {
-        M::Ldmxcsr | M::Vldmxcsr => return Some((exceptions::ldmxcsr, 0)),
-        M::Stmxcsr | M::Vstmxcsr => return Some((exceptions::stmxcsr, 0)),
-        M::Vzeroupper => return Some((moves::vzeroupper, 0)),
-        M::Vzeroall => return Some((moves::vzeroall, 0)),
-        M::Emms => {}
-        // These may have no vector register.
-        M::Cvtss2si | M::Cvtsd2si | M::Cvttss2si | M::Cvttsd2si => {}
-        M::Vcvtss2si | M::Vcvtsd2si | M::Vcvttss2si | M::Vcvttsd2si => {}
-        _ if !has_vector_register(insn) => return None,
-        _ => {}
+/// Picks a handler's form for the kind of address: see [`crate::interp::address`].
+macro_rules! by_address {
+    ($flat:expr, $name:ident $(, $argument:expr)*) => {
+        if $flat {
+            $name::<$crate::interp::address::Flat $(, { $argument })*> as $crate::op::Handler
+        } else {
+            $name::<$crate::interp::address::Checked $(, { $argument })*>
+        }
+    };
+}
+use by_address;
+
+/// How to execute a vector instruction from its decoded form; none for other families' instructions and for those that
+/// [`lower_cold`] knows. `flat` says how memory is addressed.
+pub(crate) fn lower(insn: &Instruction, op: &mut Op, flat: bool) -> Option<Handler> {
+    if !is_ours(insn) || masked::lower(insn).is_some() {
+        return None;
     }
-    masked::lower(insn).or_else(|| moves::lower(insn)).or_else(|| thunked(insn))
+    if let Some(handler) = moves::lower(insn, op, flat) {
+        return Some(handler);
+    }
+    let Handle::Kept(thunk) = prepare(insn)? else { return None };
+    op.imm = thunk.data();
+    Some(match thunk.plan.memory {
+        MemoryUse::None if thunk.plan.is_registers_only() => run_registers,
+        MemoryUse::Read if thunk.plan.is_plain_load() => by_address!(flat, run_load),
+        _ => by_address!(flat, run_kept),
+    })
 }
 
-fn has_vector_register(insn: &Instruction) -> bool {
+/// How to execute a vector instruction from iced's form: the few that need it.
+pub(crate) fn lower_cold(insn: &Instruction) -> Option<(ColdHandler, u64)> {
+    use Mnemonic as M;
+    let handler: ColdHandler = match insn.mnemonic() {
+        M::Ldmxcsr | M::Vldmxcsr => exceptions::ldmxcsr,
+        M::Stmxcsr | M::Vstmxcsr => exceptions::stmxcsr,
+        _ if !is_ours(insn) => return None,
+        _ => match masked::lower(insn) {
+            Some(handler) => handler,
+            None => match prepare(insn)? {
+                Handle::Temporary => run_temporary,
+                Handle::Kept(_) => return None,
+            },
+        },
+    };
+    Some((handler, 0))
+}
+
+/// An instruction on vector or MMX registers.
+fn is_ours(insn: &Instruction) -> bool {
+    use Mnemonic as M;
     let vectors = (0..insn.op_count()).any(|i| {
         let register = if insn.op_kind(i) == OpKind::Register { insn.op_register(i) } else { Register::None };
         register.is_mm() || register.is_vector_register()
     });
-    vectors && matches!(insn.encoding(), EncodingKind::Legacy | EncodingKind::VEX)
+    let implicit = matches!(
+        insn.mnemonic(),
+        M::Emms | M::Vzeroupper | M::Vzeroall
+            // From memory to a general register.
+            | M::Cvtss2si | M::Cvtsd2si | M::Cvttss2si | M::Cvttsd2si
+            | M::Vcvtss2si | M::Vcvtsd2si | M::Vcvttss2si | M::Vcvttsd2si
+    );
+    (vectors || implicit) && matches!(insn.encoding(), EncodingKind::Legacy | EncodingKind::VEX)
 }
 
-fn thunked(insn: &Instruction) -> Option<(ColdHandler, u64)> {
-    if insn.code() == Code::INVALID {
-        return None;
-    }
-    Some(match prepare(insn)? {
-        Handle::Kept(thunk) if thunk.plan.is_registers_only() => (run_registers, thunk.data()),
-        Handle::Kept(thunk) if thunk.plan.is_plain_load() => (run_load, thunk.data()),
-        Handle::Kept(thunk) => (run_kept, thunk.data()),
-        Handle::Temporary(_) => (run_temporary, 0),
-    })
-}
-
-fn run_registers(cpu: &mut Cpu, cold: &Cold) -> Exec {
-    let thunk = Thunk::of(cold);
-    cpu.check_vector(thunk.plan.class, thunk.plan.features)?;
+fn run_registers(cpu: &mut Cpu, op: &Op) -> Exec {
+    let thunk = Thunk::of(op.imm);
+    cpu.check_vector(thunk.plan.class)?;
     thunk.run_registers(&mut cpu.state.vector);
     Ok(())
 }
 
-fn run_load(cpu: &mut Cpu, cold: &Cold) -> Exec {
-    let thunk = Thunk::of(cold);
-    cpu.check_vector(thunk.plan.class, thunk.plan.features)?;
-    let linear = cpu.vector_operand(&cold.insn, &thunk.plan)?;
-    let mut frame = Frame::new();
-    cpu.load_vector(linear, thunk.plan.size, &mut frame.operand)?;
-    thunk.run(&mut cpu.state.vector, &mut frame);
-    Ok(())
+fn run_load<A: Addressing>(cpu: &mut Cpu, op: &Op) -> Exec {
+    let thunk = Thunk::of(op.imm);
+    cpu.check_vector(thunk.plan.class)?;
+    let linear = A::linear(cpu, op, thunk.plan.size, false)?;
+    cpu.check_operand_alignment(&thunk.plan, linear)?;
+    cpu.run_load(thunk, linear)
 }
 
-fn run_kept(cpu: &mut Cpu, cold: &Cold) -> Exec {
-    run(cpu, &cold.insn, Thunk::of(cold))
+fn run_kept<A: Addressing>(cpu: &mut Cpu, op: &Op) -> Exec {
+    let thunk = Thunk::of(op.imm);
+    let plan = &thunk.plan;
+    cpu.check_vector(plan.class)?;
+    let linear = match plan.memory {
+        MemoryUse::None => 0,
+        access => A::linear(cpu, op, plan.size, access == MemoryUse::Write)?,
+    };
+    run(cpu, thunk, linear)
 }
 
 fn run_temporary(cpu: &mut Cpu, cold: &Cold) -> Exec {
-    match with_temporary(&cold.insn, |thunk| run(cpu, &cold.insn, thunk)) {
-        Some(done) => done,
-        None => Err(cpu.raise(Fault::ud())),
-    }
+    let done = with_temporary(&cold.insn, |thunk| {
+        let plan = &thunk.plan;
+        cpu.check_vector(plan.class)?;
+        let linear = match plan.memory {
+            MemoryUse::None => 0,
+            access => cpu.operand_linear(&cold.insn, plan.size, access == MemoryUse::Write)?,
+        };
+        run(cpu, thunk, linear)
+    });
+    done.unwrap_or_else(|| Err(cpu.raise(Fault::ud())))
 }
 
-/// Any instruction with a thunk.
-fn run(cpu: &mut Cpu, insn: &Instruction, thunk: &Thunk) -> Exec {
+/// Any instruction with a thunk, its memory operand at `linear`.
+fn run(cpu: &mut Cpu, thunk: &Thunk, linear: u64) -> Exec {
     let plan = &thunk.plan;
-    cpu.check_vector(plan.class, plan.features)?;
+    cpu.check_operand_alignment(plan, linear)?;
     let mut frame = Frame::new();
-    let mut linear = 0;
-    if plan.memory != MemoryUse::None {
-        linear = cpu.vector_operand(insn, plan)?;
-    }
     if plan.memory == MemoryUse::Read {
         cpu.load_vector(linear, plan.size, &mut frame.operand)?;
     }
@@ -129,7 +166,7 @@ fn run(cpu: &mut Cpu, insn: &Instruction, thunk: &Thunk) -> Exec {
 impl Cpu {
     /// #UD and #NM, and #MF for instructions on MMX registers.
     #[inline(always)]
-    pub(crate) fn check_vector(&mut self, class: Class, needs: FeatureSet) -> Exec {
+    pub(crate) fn check_vector(&mut self, class: Class) -> Exec {
         let state = &self.state;
         let allowed = match class {
             Class::Sse => state.cr0 & (cr0::EM | cr0::TS) == 0 && state.cr4 & cr4::OSFXSR != 0,
@@ -142,20 +179,14 @@ impl Cpu {
             }
             Class::Mmx | Class::X87 => state.cr0 & (cr0::EM | cr0::TS) == 0 && state.x87.fsw & FSW_ES == 0,
         };
-        if allowed && self.feature_available(needs) {
+        if allowed {
             return Ok(());
         }
-        Err(self.refuse_vector(class, needs))
-    }
-
-    /// The guest's processor has these extensions, and so has the host's.
-    #[inline(always)]
-    pub(crate) fn feature_available(&self, needs: FeatureSet) -> bool {
-        FeatureSet::host().contains(needs)
+        Err(self.refuse_vector(class))
     }
 
     #[cold]
-    fn refuse_vector(&mut self, class: Class, needs: FeatureSet) -> crate::trap::Trap {
+    fn refuse_vector(&mut self, class: Class) -> Trap {
         const AVX: u64 = xcr0::SSE | xcr0::AVX;
         let state = &self.state;
         let undefined = match class {
@@ -166,7 +197,7 @@ impl Cpu {
             Class::Mmx => state.cr0 & cr0::EM != 0,
             Class::X87 => false,
         };
-        let fault = if undefined || !self.feature_available(needs) {
+        let fault = if undefined {
             vector::UD
         } else if self.state.cr0 & (cr0::TS | cr0::EM) != 0 {
             vector::NM
@@ -176,14 +207,12 @@ impl Cpu {
         self.raise(Fault::plain(fault))
     }
 
-    /// Linear address of a vector instruction's memory operand, its alignment checked.
     #[inline(always)]
-    fn vector_operand(&mut self, insn: &Instruction, plan: &Plan) -> Exec<u64> {
-        let linear = self.operand_linear(insn, plan.size, plan.memory == MemoryUse::Write)?;
+    fn check_operand_alignment(&mut self, plan: &Plan, linear: u64) -> Exec {
         if plan.aligned && linear & (plan.size as u64 - 1) != 0 {
             return Err(self.raise(Fault::gp(0)));
         }
-        Ok(linear)
+        Ok(())
     }
 
     /// Reads a memory operand of any size up to 32 bytes.
@@ -193,7 +222,7 @@ impl Cpu {
             16 => self.load::<Xmm>(linear)?.put(to.first_chunk_mut().unwrap_or(&mut [0; 16])),
             32 => self.load_32(linear, to.first_chunk_mut().unwrap_or(&mut [0; 32]))?,
             8 => to[..8].copy_from_slice(&self.load::<u64>(linear)?.to_le_bytes()),
-            4 => to[..4].copy_from_slice(&self.load::<u32>(linear)?.to_le_bytes()),
+            1 | 2 | 4 => to[..8].copy_from_slice(&self.load_sized(linear, size)?.to_le_bytes()),
             _ => {
                 let size = size.min(to.len());
                 self.read_bytes(linear, &mut to[..size])?;
@@ -208,6 +237,10 @@ impl Cpu {
         match size {
             16 => self.store(linear, Xmm::new(from.first_chunk().unwrap_or(&[0; 16]))),
             32 => self.store_32(linear, from.first_chunk().unwrap_or(&[0; 32])),
+            1 | 2 | 4 | 8 => {
+                let value = u64::from_le_bytes(*from.first_chunk().unwrap_or(&[0; 8]));
+                self.store_sized(linear, size, value)
+            }
             _ => self.write_bytes(linear, &from[..size.min(from.len())]),
         }
     }
@@ -268,7 +301,7 @@ impl X87State {
     }
 }
 
-/// Segment and size check of an address that a masked instruction computed itself.
+/// Segment and canonical check of an address that an instruction computed itself.
 fn element_linear(cpu: &mut Cpu, seg: Seg, offset: u64, size: usize, write: bool) -> Exec<u64> {
     let linear = cpu.linear(seg, offset, size, write)?;
     if seg == Seg::Ss && cpu.code_bits == 64 {

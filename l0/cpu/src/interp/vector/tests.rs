@@ -1,259 +1,22 @@
 //! Every class of vector instruction against the host: the same instruction, executed natively with other
 //! registers and memory around it.
 
-use std::sync::Arc;
-
-use iced_x86::{Decoder, DecoderOptions, Instruction};
-use x86defs::{cr0, cr4, efer, rflags, segment, vector, xcr0};
+use iced_x86::{Decoder, DecoderOptions};
+use x86defs::{cr0, cr4, segment, vector, xcr0};
 
 use crate::Cpu;
-use crate::attention::Attention;
-use crate::bus::{Bus, MsrRefused};
-use crate::cpuid::CpuModel;
+use crate::interp::host_compare::{
+    MEMORY, OPERAND, Random, compare, compare_one, compare_random, cpu, decode, raised, randomise, read,
+    unmap,
+};
 use crate::native::FeatureSet;
 use crate::native::oracle::{Machine, available, instructions};
 use crate::op::Cold;
-use crate::phys::{PhysMemory, RamRange};
 use crate::state::{Seg, Segment, reg};
-use crate::trap::{Exec, Trap};
 
-struct NoBus;
-
-impl Bus for NoBus {
-    fn mmio_read(&mut self, _address: u64, _data: &mut [u8]) {}
-    fn mmio_write(&mut self, _address: u64, _data: &[u8]) {}
-    fn port_read(&mut self, _port: u16, _data: &mut [u8]) {}
-    fn port_write(&mut self, _port: u16, _data: &[u8]) {}
-    fn read_msr(&mut self, _msr: u32) -> Result<u64, MsrRefused> {
-        Err(MsrRefused)
-    }
-    fn write_msr(&mut self, _msr: u32, _value: u64) -> Result<(), MsrRefused> {
-        Err(MsrRefused)
-    }
-    fn cr8(&mut self) -> u8 {
-        0
-    }
-    fn set_cr8(&mut self, _value: u8) {}
-    fn acknowledge_interrupt(&mut self) -> Option<u8> {
-        None
-    }
-    fn tsc(&mut self, instructions: u64) -> u64 {
-        instructions
-    }
-}
-
-const RAM: usize = 1 << 16;
-/// Where tests put memory operands; the page after the next is the last.
-pub(crate) const OPERAND: u64 = 0x3000;
-/// The first address past RAM's last page that is mapped by nothing: not used as RAM in tests of faults.
-pub(crate) const PAGE_TABLES: u64 = 0x8000;
-
-/// A vCPU in 64-bit mode with 64 KiB of RAM mapped one to one by 4-KiB pages, all features enabled.
-pub(crate) fn cpu() -> Cpu {
-    #[repr(align(4096))]
-    struct Ram([u8; RAM]);
-    let ram = Box::leak(Box::new(Ram([0; RAM])));
-    let range = RamRange { start: 0, len: RAM as u64, host: ram.0.as_mut_ptr() };
-    // SAFETY: the memory is leaked and used as guest memory only.
-    let memory = Arc::new(unsafe { PhysMemory::new(vec![range], Box::new(())) });
-    let mut tables = vec![(PAGE_TABLES, 0x9003_u64), (0x9000, 0xa003), (0xa000, 0xb003)];
-    tables.extend((0..16).map(|page| (0xb000 + page * 8, page << 12 | 3)));
-    for (at, entry) in tables {
-        memory.write(at, &entry.to_le_bytes());
-    }
-    let mut cpu = Cpu::new(memory, Box::new(NoBus), test_model(), Arc::new(Attention::default()), 0);
-    let state = &mut cpu.state;
-    state.cr0 = cr0::PE | cr0::PG | cr0::NE | cr0::MP | cr0::ET | cr0::WP;
-    state.cr3 = PAGE_TABLES;
-    state.cr4 = cr4::PAE | cr4::OSFXSR | cr4::OSXMMEXCPT | cr4::OSXSAVE;
-    state.efer = efer::LME | efer::LMA;
-    state.xcr0 = xcr0::X87 | xcr0::SSE | xcr0::AVX | xcr0::PKRU;
-    *state.seg_mut(Seg::Cs) = Segment { base: 0, limit: !0, access: 0x9b | segment::L, selector: 8 };
-    state.x87 = crate::state::X87State::default();
-    state.rip = 0x1000;
-    cpu.state_changed();
-    cpu
-}
-
-fn test_model() -> Arc<CpuModel> {
-    Arc::new(CpuModel)
-}
-
-/// Removes a page from the tables of [`cpu`].
-pub(crate) fn unmap(cpu: &mut Cpu, address: u64) {
-    cpu.memory.write(0xb000 + (address >> 12) * 8, &[0; 8]);
-    cpu.state_changed();
-}
-
-pub(crate) fn read<const N: usize>(cpu: &Cpu, address: u64) -> [u8; N] {
-    let mut bytes = [0; N];
-    cpu.memory.read(address, &mut bytes);
-    bytes
-}
-
-/// xorshift64*: repeatable and good enough to pick operands.
-pub(crate) struct Random(pub u64);
-
-impl Random {
-    pub(crate) fn next(&mut self) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
-    }
-
-    /// Eight bytes that are now and then interesting numbers of some type.
-    pub(crate) fn word(&mut self) -> u64 {
-        let [single, other] = [0, 0].map(|_: u8| {
-            const SINGLES: [u32; 8] =
-                [0, 0x8000_0000, 0x3f80_0000, 0x7f80_0000, 0x7fc0_0001, 0x7f80_0001, 1, 0x7f7f_ffff];
-            u64::from(SINGLES[(self.next() >> 40) as usize & 7])
-        });
-        match self.next() >> 60 {
-            0 => 0x3ff0_0000_0000_0000,
-            1 => self.next() >> 48,
-            2 => (self.next() as i64 >> 50) as u64,
-            3 => [0, 1 << 63, 0x7ff0_0000_0000_0000, 0x7ff0_0000_0000_0001, 1, 0x7fef_ffff_ffff_ffff]
-                [(self.next() % 6) as usize],
-            4..=6 => single << 32 | other,
-            7..=8 => {
-                // Singles of moderate size.
-                let pick = |r: u64| r & 0x8fff_ffff | 0x3000_0000;
-                pick(self.next() >> 32) << 32 | pick(self.next() >> 32)
-            }
-            9..=10 => self.next() & 0x801f_ffff_ffff_ffff | (0x3f0 + (self.next() >> 59)) << 52,
-            _ => self.next(),
-        }
-    }
-
-    pub(crate) fn fill(&mut self, bytes: &mut [u8]) {
-        for chunk in bytes.chunks_mut(8) {
-            chunk.copy_from_slice(&self.word().to_le_bytes()[..chunk.len()]);
-        }
-    }
-}
-
-pub(crate) fn decode(code: &[u8]) -> Instruction {
-    Decoder::new(64, code, DecoderOptions::NONE).decode()
-}
-
-/// Lowers the instruction as the decoder would and executes it.
-pub(crate) fn execute(cpu: &mut Cpu, insn: Instruction) -> Exec {
-    let (handler, data) = super::lower(&insn)
-        .or_else(|| crate::interp::x87::lower(&insn))
-        .or_else(|| crate::interp::xstate::lower(&insn))
-        .unwrap_or_else(|| panic!("nobody executes {:?}", insn.code()));
-    handler(cpu, &Cold { insn, handler, data })
-}
-
-/// Sets both machines to the same random state.
-fn randomise(cpu: &mut Cpu, machine: &mut Machine, memory: &mut [u8; 64], random: &mut Random) {
-    for ymm in &mut cpu.state.vector.ymm {
-        random.fill(ymm);
-    }
-    // Rounding mode, DAZ and FTZ at random; everything masked; sticky flags at random.
-    cpu.state.vector.mxcsr = random.next() as u32 & 0xe07f | 0x1f80;
-    random.fill(memory);
-    for (i, number) in [reg::RAX, reg::RCX, reg::RDX, reg::RBX].into_iter().enumerate() {
-        let value = random.word();
-        machine.gpr[i] = value;
-        cpu.state.gpr.set(number, value);
-    }
-    let status = random.next() & rflags::STATUS;
-    machine.rflags = status | 2;
-    cpu.state.set_status(status);
-    randomise_x87(cpu, random);
-    machine.vector = cpu.state.vector;
-    machine.x87 = cpu.state.x87;
-}
-
-fn randomise_x87(cpu: &mut Cpu, random: &mut Random) {
-    let x87 = &mut cpu.state.x87;
-    for st in &mut x87.st {
-        let exponent = match random.next() >> 61 {
-            0 => 0x7fff,
-            1 => 0,
-            2 => random.next() as u16,
-            _ => 0x3fff - 20 + (random.next() >> 58) as u16,
-        };
-        let sign = (random.next() >> 48) as u16 & 0x8000;
-        let fraction = match random.next() >> 62 {
-            0 => 1 << 63,
-            1 => random.next(),
-            _ => random.next() | 1 << 63,
-        };
-        st[..8].copy_from_slice(&fraction.to_le_bytes());
-        st[8..10].copy_from_slice(&(exponent | sign).to_le_bytes());
-    }
-    x87.fsw = random.next() as u16 & 0x7f7f;
-    x87.ftw = if random.next() >> 62 == 0 { random.next() as u8 } else { 0xff };
-    x87.set_control(random.next() as u16 | if random.next() >> 63 == 0 { 0x3f } else { 0 });
-    // A pending exception stops most instructions: that is tested apart.
-    let pending = x87.fsw & !x87.fcw & 0x3f;
-    x87.fsw &= !pending;
-    x87.update_summary();
-}
-
-/// Runs every instruction of a table `count` times on both.
-pub(crate) fn compare(table: &[(&'static str, &'static [u8])], count: u32) {
-    if !available() {
-        println!("SKIP: the native oracle needs AVX2");
-        return;
-    }
-    let mut cpu = cpu();
-    let mut machine = Machine::new();
-    let mut random = Random(0x1234_5678_9abc_def1);
-    for &(text, code) in table {
-        let insn = decode(code);
-        let needs =
-            FeatureSet::of(insn.cpuid_features()).unwrap_or_else(|| panic!("{text}: unknown feature"));
-        if !FeatureSet::host().contains(needs) {
-            println!("SKIP: the host has no {needs:?} for {text}");
-            continue;
-        }
-        for round in 0..count {
-            let mut memory = [0; 64];
-            randomise(&mut cpu, &mut machine, &mut memory, &mut random);
-            compare_one(&mut cpu, &mut machine, memory, (text, code), insn, round);
-        }
-    }
-}
-
-fn compare_one(
-    cpu: &mut Cpu,
-    machine: &mut Machine,
-    memory: [u8; 64],
-    (text, code): (&str, &'static [u8]),
-    insn: Instruction,
-    round: u32,
-) {
-    let before = machine.clone();
-    let mut operand = [0; 128];
-    let at = 64 - (operand.as_ptr() as usize & 31);
-    operand[at..at + 64].copy_from_slice(&memory);
-    // SAFETY: the tables hold instructions on the registers and on up to 64 bytes at R8, and the host has them.
-    unsafe { machine.execute(code.as_ptr(), &mut operand) };
-    cpu.memory.write(OPERAND, &memory);
-    cpu.state.gpr.set(8, OPERAND);
-    let done = execute(cpu, insn);
-    let context = format!("{text}, round {round}, mxcsr {:#x}", before.vector.mxcsr);
-    assert_eq!(done, Ok(()), "{context}: {:?}", cpu.fault);
-    for i in 0..16 {
-        let (ours, theirs) = (cpu.state.vector.ymm[i], machine.vector.ymm[i]);
-        assert_eq!(ours, theirs, "{context}: ymm{i}, before {:x?}", before.vector.ymm[i]);
-    }
-    assert_eq!(cpu.state.vector.mxcsr, machine.vector.mxcsr, "{context}: mxcsr");
-    for (i, number) in [reg::RAX, reg::RCX, reg::RDX, reg::RBX].into_iter().enumerate() {
-        assert_eq!(cpu.state.gpr.get(number), machine.gpr[i], "{context}: general register {number}");
-    }
-    let status = (cpu.state.rflags() & rflags::STATUS, machine.rflags & rflags::STATUS);
-    assert_eq!(status.0, status.1, "{context}: flags");
-    assert_eq!(read::<64>(cpu, OPERAND), operand[at..at + 64], "{context}: memory");
-    let words = |x: &crate::state::X87State| (x.fcw, x.fsw, x.ftw);
-    assert_eq!(words(&cpu.state.x87), words(&machine.x87), "{context}: x87 control, status, tags");
-    for i in 0..8 {
-        assert_eq!(cpu.state.x87.st[i][..10], machine.x87.st[i][..10], "{context}: st{i}");
-    }
+#[test]
+fn random_encodings_match_the_host() {
+    compare_random(0x5eed, 200_000);
 }
 
 #[test]
@@ -605,99 +368,6 @@ fn mmx_instructions_match_the_host() {
 }
 
 #[test]
-fn x87_instructions_match_the_host() {
-    let table = instructions!(
-        turtles_test_x87,
-        "fadd st, st(1)",
-        "fadd dword ptr [r8]",
-        "fadd qword ptr [r8]",
-        "faddp st(2), st",
-        "fiadd word ptr [r8]",
-        "fisub dword ptr [r8]",
-        "fsubr st, st(3)",
-        "fmul qword ptr [r8]",
-        "fdiv st(1), st",
-        "fdivr dword ptr [r8]",
-        "fidiv word ptr [r8]",
-        "fld st(2)",
-        "fld dword ptr [r8]",
-        "fld qword ptr [r8]",
-        "fld tbyte ptr [r8]",
-        "fild word ptr [r8]",
-        "fild dword ptr [r8]",
-        "fild qword ptr [r8]",
-        "fbld [r8]",
-        "fst dword ptr [r8]",
-        "fst qword ptr [r8]",
-        "fstp dword ptr [r8]",
-        "fstp qword ptr [r8]",
-        "fstp tbyte ptr [r8]",
-        "fstp st(3)",
-        "fist word ptr [r8]",
-        "fistp dword ptr [r8]",
-        "fistp qword ptr [r8]",
-        "fisttp word ptr [r8]",
-        "fbstp [r8]",
-        "fld1",
-        "fldz",
-        "fldpi",
-        "fldl2e",
-        "fabs",
-        "fchs",
-        "fsqrt",
-        "frndint",
-        "fscale",
-        "fxtract",
-        "fprem",
-        "fprem1",
-        "fsin",
-        "fcos",
-        "fsincos",
-        "fptan",
-        "fpatan",
-        "f2xm1",
-        "fyl2x",
-        "fyl2xp1",
-        "fxam",
-        "ftst",
-        "fxch st(2)",
-        "fcom st(1)",
-        "fcom dword ptr [r8]",
-        "fcompp",
-        "fucom st(2)",
-        "fucompp",
-        "ficom word ptr [r8]",
-        "fcomi st, st(1)",
-        "fcomip st, st(2)",
-        "fucomi st, st(3)",
-        "fucomip st, st(1)",
-        "fcmovb st, st(1)",
-        "fcmovne st, st(2)",
-        "fcmovu st, st(3)",
-        "fcmovnbe st, st(1)",
-        "fincstp",
-        "fdecstp",
-        "ffree st(2)",
-        "fnop",
-        "fninit",
-        "fnclex",
-        "fldcw [r8]",
-        "fnstcw [r8]",
-        "fnstsw [r8]",
-        "fnstsw ax",
-    );
-    compare(&table, 120);
-}
-
-fn raised(cpu: &mut Cpu, insn: Instruction) -> Option<(u8, Option<u32>)> {
-    match execute(cpu, insn) {
-        Ok(()) => None,
-        Err(Trap::Fault) => Some((cpu.fault.vector, cpu.fault.error_code)),
-        Err(other) => panic!("{other:?}"),
-    }
-}
-
-#[test]
 fn control_registers_decide_what_may_execute() {
     let table = instructions!(
         turtles_test_controls,
@@ -821,7 +491,7 @@ fn page_faults_change_nothing() {
         let mut cpu = cpu();
         unmap(&mut cpu, 0x5000);
         let mut random = Random(99);
-        randomise(&mut cpu, &mut Machine::new(), &mut [0; 64], &mut random);
+        randomise(&mut cpu, &mut Machine::new(), &mut [0; MEMORY], &mut random);
         cpu.state.gpr.set(8, 0x5000 - 4);
         if text.starts_with("addpd") {
             cpu.state.gpr.set(8, 0x5000 - 8);
@@ -933,7 +603,7 @@ fn gathers_match_the_host_and_restart_after_faults() {
     for (text, code) in table {
         let insn = decode(code);
         for round in 0..50 {
-            let mut memory = [0; 64];
+            let mut memory = [0; MEMORY];
             randomise(&mut cpu, &mut machine, &mut memory, &mut random);
             let size = if text.contains("gatherd") { 4 } else { 8 };
             for chunk in cpu.state.vector.ymm[2].chunks_exact_mut(size) {
@@ -1023,4 +693,28 @@ fn temporary_thunks_do_the_same() {
     }
     assert_eq!(cpu.state.vector.ymm[1], [[7; 16], [4; 16]].concat()[..]);
     assert_eq!(cpu.state.vector.ymm[4][..16], [[0; 12].as_slice(), &[9; 4]].concat());
+}
+
+#[test]
+fn outside_64_bit_mode_operands_go_through_segments() {
+    // paddb xmm1, [ebx]; movups [ebx], xmm1; fild word [ebx]
+    let codes: [&[u8]; 3] = [&[0x66, 0x0f, 0xfc, 0x0b], &[0x0f, 0x11, 0x0b], &[0xdf, 0x03]];
+    let mut cpu = cpu();
+    cpu.state.seg_mut(Seg::Cs).access = 0x9b | segment::DB;
+    *cpu.state.seg_mut(Seg::Ds) = Segment { base: 0x1000, limit: 0x2fff, access: 0x93, selector: 16 };
+    cpu.state_changed();
+    cpu.memory.write(OPERAND, &[5; 16]);
+    cpu.state.gpr.set(reg::RBX, 0xffff_ffff_0000_0000 | (OPERAND - 0x1000));
+    cpu.state.vector.ymm[1] = [1; 32];
+    let insn = |code| Decoder::new(32, code, DecoderOptions::NONE).decode();
+    for code in codes {
+        assert_eq!(raised(&mut cpu, insn(code)), None, "{code:02x?}");
+    }
+    assert_eq!(cpu.state.vector.ymm[1], [[6; 16], [1; 16]].concat()[..]);
+    assert_eq!(read::<16>(&cpu, OPERAND), [6; 16]);
+    assert_eq!(cpu.state.x87.st[0][..10], [0, 0, 0, 0, 0, 0, 0xc0, 0xc0, 0x09, 0x40]);
+    cpu.state.gpr.set(reg::RBX, 0x2fff);
+    for code in codes {
+        assert_eq!(raised(&mut cpu, insn(code)), Some((vector::GP, Some(0))), "{code:02x?} past the limit");
+    }
 }

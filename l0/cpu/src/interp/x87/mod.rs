@@ -19,7 +19,7 @@ use x86defs::{cr0, vector};
 
 use super::vector::FSW_ES;
 use crate::Cpu;
-use crate::native::{Class, FeatureSet, Frame, Handle, MemoryUse, Thunk, is_x87, prepare, with_temporary};
+use crate::native::{Class, Frame, Handle, MemoryUse, Thunk, is_x87, prepare, with_temporary};
 use crate::op::{Cold, ColdHandler};
 use crate::state::{X87State, reg};
 use crate::trap::{Exec, Fault};
@@ -65,12 +65,12 @@ fn thunked(insn: &Instruction) -> Option<(ColdHandler, u64)> {
     match prepare(insn)? {
         Handle::Kept(thunk) if thunk.plan.class == Class::X87 => Some((run_kept, thunk.data())),
         Handle::Kept(_) => None,
-        Handle::Temporary(_) => Some((run_temporary, 0)),
+        Handle::Temporary => Some((run_temporary, 0)),
     }
 }
 
 fn run_kept(cpu: &mut Cpu, cold: &Cold) -> Exec {
-    run(cpu, cold, Thunk::of(cold))
+    run(cpu, cold, Thunk::of(cold.data))
 }
 
 fn run_temporary(cpu: &mut Cpu, cold: &Cold) -> Exec {
@@ -82,7 +82,7 @@ fn run_temporary(cpu: &mut Cpu, cold: &Cold) -> Exec {
 
 fn run(cpu: &mut Cpu, cold: &Cold, thunk: &Thunk) -> Exec {
     let (insn, plan) = (&cold.insn, &thunk.plan);
-    cpu.check_vector(Class::X87, plan.features)?;
+    cpu.check_vector(Class::X87)?;
     let mut frame = Frame::new();
     let mut linear = 0;
     match plan.memory {
@@ -93,7 +93,9 @@ fn run(cpu: &mut Cpu, cold: &Cold, thunk: &Thunk) -> Exec {
         }
         MemoryUse::Write => {
             linear = cpu.operand_linear(insn, plan.size, true)?;
-            cpu.probe_write(linear, plan.size)?;
+            if cpu.fast_write_pointer(linear, plan.size).is_none() {
+                cpu.probe_write(linear, plan.size)?;
+            }
         }
     }
     frame.status = u32::from(cpu.state.status);
@@ -116,9 +118,6 @@ fn run(cpu: &mut Cpu, cold: &Cold, thunk: &Thunk) -> Exec {
 
 /// #NM for instructions of the x87 unit, and #MF for those that wait.
 fn check(cpu: &mut Cpu, waiting: bool) -> Exec {
-    if !cpu.feature_available(FeatureSet::FPU) {
-        return Err(cpu.raise(Fault::ud()));
-    }
     if cpu.state.cr0 & (cr0::EM | cr0::TS) != 0 {
         return Err(cpu.raise(Fault::plain(vector::NM)));
     }

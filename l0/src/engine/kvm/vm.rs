@@ -1,0 +1,133 @@
+//! A KVM virtual machine: guest RAM as memory slots, and which MSRs come to us.
+
+use std::sync::{Arc, Mutex};
+
+use kvm_bindings::{
+    KVM_CAP_EXIT_ON_EMULATION_FAILURE, KVM_CAP_X86_USER_SPACE_MSR, KVM_MSR_EXIT_REASON_FILTER,
+    KVM_MSR_EXIT_REASON_INVAL, KVM_MSR_EXIT_REASON_UNKNOWN, kvm_enable_cap, kvm_userspace_memory_region,
+};
+use kvm_ioctls::{MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlags, VmFd};
+use turtles_cpu::Cpu;
+use turtles_cpu::cpuid::Dynamic;
+use vm_memory::{GuestAddress, GuestMemoryBackend as _, GuestMemoryMmap};
+
+use super::{KvmHost, KvmVcpu, failed, msrs};
+use crate::engine::EngineError;
+use crate::memory::{GuestMemory, Ram};
+use crate::vcpu_signal::{VcpuSignal, lock};
+
+/// Where Intel's processors without "unrestricted guest" need a page of identity map and three pages of TSS: in the
+/// hole below 4 GiB, above the local APIC and below the firmware, where the guest has nothing.
+const IDENTITY_MAP: u64 = 0xfeff_c000;
+const TSS: usize = 0xfeff_d000;
+/// A page in the same place where a slot may come and go.
+const SPARE_PAGE: u64 = 0xfeff_b000;
+const SPARE_SLOT: u32 = 100;
+
+/// A KVM virtual machine over guest RAM.
+pub struct KvmVm {
+    pub(super) host: KvmHost,
+    pub(super) fd: VmFd,
+    memory: GuestMemory,
+    /// Held while the spare slot is there.
+    spare: Mutex<GuestMemoryMmap<()>>,
+}
+
+impl KvmVm {
+    /// A virtual machine with `ram` as its memory and no vCPUs.
+    pub fn new(host: &KvmHost, ram: &Ram) -> Result<Self, EngineError> {
+        let fd = host.kvm.create_vm().map_err(failed("creating a VM"))?;
+        // Not every KVM asks for them, and none that can do without minds.
+        if let Err(error) = fd.set_identity_map_address(IDENTITY_MAP).and_then(|()| fd.set_tss_address(TSS)) {
+            log::debug!("KVM takes no addresses for real mode: {error}");
+        }
+        let spare = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 4096)]).map_err(|error| {
+            EngineError::Kvm { what: "mapping a page".into(), source: std::io::Error::other(error) }
+        })?;
+        let vm = Self { host: host.clone(), fd, memory: Arc::clone(&ram.memory), spare: Mutex::new(spare) };
+        for (slot, &(start, len, _)) in (0..).zip(&ram.ranges) {
+            vm.set_slot(slot, start, len, host_address(&vm.memory, start)?)?;
+        }
+        vm.take_msrs()?;
+        if vm.host.has_exit_on_emulation_failure {
+            vm.enable(KVM_CAP_EXIT_ON_EMULATION_FAILURE, 1, "emulation failures")?;
+        }
+        Ok(vm)
+    }
+
+    /// The vCPU with number `index`, whose home is `cpu`, and which others reach through `signal`.
+    pub fn vcpu(
+        self: &Arc<Self>,
+        index: usize,
+        signal: Arc<VcpuSignal>,
+        cpu: &Cpu,
+    ) -> Result<KvmVcpu, EngineError> {
+        let model = cpu.model();
+        let after_reset = Dynamic {
+            apic_id: u32::try_from(index).unwrap_or(u32::MAX),
+            apic_enabled: true,
+            // KVM hides what this mode or that does not show.
+            code64: true,
+            xcr0: cpu.state.xcr0,
+            misc_enable: cpu.state.msrs.misc_enable,
+            ..Dynamic::default()
+        };
+        KvmVcpu::new(self, index, signal, model.tsc_hz(), &|leaf, subleaf| {
+            model.cpuid(leaf, subleaf, &after_reset)
+        })
+    }
+
+    fn enable(&self, cap: u32, argument: u64, what: &str) -> Result<(), EngineError> {
+        let cap = kvm_enable_cap { cap, args: [argument, 0, 0, 0], ..Default::default() };
+        self.fd.enable_cap(&cap).map_err(failed(format!("asking to be told of {what}")))
+    }
+
+    /// Lets KVM answer only the MSRs that it must know; all others, and whatever it refuses, exit to us.
+    fn take_msrs(&self) -> Result<(), EngineError> {
+        let reasons = KVM_MSR_EXIT_REASON_FILTER | KVM_MSR_EXIT_REASON_INVAL | KVM_MSR_EXIT_REASON_UNKNOWN;
+        self.enable(KVM_CAP_X86_USER_SPACE_MSR, u64::from(reasons), "MSR accesses")?;
+        let allowed = [0xffu8; 1];
+        let ranges: Vec<_> = msrs::KVM_ANSWERS
+            .iter()
+            .map(|range| MsrFilterRange {
+                flags: MsrFilterRangeFlags::READ | MsrFilterRangeFlags::WRITE,
+                base: *range.start(),
+                msr_count: range.end() - range.start() + 1,
+                bitmap: &allowed,
+            })
+            .collect();
+        self.fd
+            .set_msr_filter(MsrFilterDefaultAction::DENY, &ranges)
+            .map_err(failed("setting the MSR filter"))
+    }
+
+    fn set_slot(&self, slot: u32, start: u64, len: u64, host: u64) -> Result<(), EngineError> {
+        let region = kvm_userspace_memory_region {
+            slot,
+            flags: 0,
+            guest_phys_addr: start,
+            memory_size: len,
+            userspace_addr: host,
+        };
+        // SAFETY: the host range is guest memory mapped by `memory` or `spare`, which live as long as the VM's
+        // descriptor (fields drop in order, and a vCPU holds the whole VM); a length of zero removes a slot.
+        unsafe { self.fd.set_user_memory_region(region) }
+            .map_err(failed(format!("giving KVM {len:#x} bytes of memory at {start:#x}")))
+    }
+
+    /// Makes KVM drop all it has derived from guest page tables (STALE-1): removing any slot does so, for every
+    /// vCPU, while they run.
+    pub(super) fn drop_shadow_pages(&self) -> Result<(), EngineError> {
+        let spare = lock(&self.spare);
+        self.set_slot(SPARE_SLOT, SPARE_PAGE, 4096, host_address(&spare, 0)?)?;
+        self.set_slot(SPARE_SLOT, SPARE_PAGE, 0, 0)
+    }
+}
+
+fn host_address(memory: &GuestMemoryMmap<()>, start: u64) -> Result<u64, EngineError> {
+    let address = memory.get_host_address(GuestAddress(start)).map_err(|error| EngineError::Kvm {
+        what: format!("finding guest memory at {start:#x}"),
+        source: std::io::Error::other(error),
+    })?;
+    Ok(address as u64)
+}
