@@ -249,6 +249,7 @@ impl Cpu {
         if let Some(at) = self.fast_write_pointer(linear, size) {
             return Ok(Some((at, None)));
         }
+        self.check_address(linear, size)?;
         if self.privilege() == Privilege::User {
             self.check_alignment(linear, size)?;
         }
