@@ -205,6 +205,11 @@ fn is_too_long(bits: u32, bytes: &[u8]) -> bool {
     total.is_some_and(|total| total > MAX_LENGTH)
 }
 
+/// Bytes from `address` to the end of its grain, which is in the same page.
+fn grain_left(address: u64) -> usize {
+    GRAIN - (address as usize & (GRAIN - 1))
+}
+
 /// Fills in the memory operand's parts.
 fn memory_operand(insn: &Instruction, op: &mut Op) {
     if !(0..insn.op_count()).any(|i| insn.op_kind(i) == OpKind::Memory) {

@@ -225,7 +225,11 @@ impl Cpu {
     pub(crate) fn locked<T: Int>(&mut self, linear: u64, mut f: impl FnMut(&mut Status, T) -> T) -> Exec {
         let (at, physical) = match self.locked_place(linear, T::SIZE)? {
             Some(place) => place,
-            None => return self.modify::<T>(linear, f),
+            None => {
+                let memory = std::sync::Arc::clone(&self.memory);
+                let _alone = memory.split_lock();
+                return self.modify::<T>(linear, f);
+            }
         };
         loop {
             let mut status = self.state.status;
@@ -250,6 +254,7 @@ impl Cpu {
         if let Some(at) = self.fast_write_pointer(linear, size) {
             return Ok(Some((at, None)));
         }
+        self.check_address(linear, size)?;
         if self.privilege() == Privilege::User {
             self.check_alignment(linear, size)?;
         }
