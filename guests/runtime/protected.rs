@@ -300,6 +300,10 @@ protected_recorder:
     movl %eax, PROTECTED_RECORD + 8
     movl %cr0, %eax
     movl %eax, PROTECTED_RECORD + 12
+    # Long mode cannot be entered while TR holds a 16-bit TSS: back to the runtime's.
+    andb $0xfd, GDT + 0x38 + 5
+    movl $0x38, %eax
+    ltr %ax
 
     # Back to long mode, from flat 32-bit code with any other segments.
 legacy_return:

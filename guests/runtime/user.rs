@@ -105,6 +105,9 @@ iret_entry:
     mov [rip + {probe} + 16], rsp
     lea rax, [rip + 2f]
     mov [rip + {probe}], rax
+    mov eax, {data}     # IRET to ring 3 makes a DS of ring 0 null
+    mov ds, eax
+    mov es, eax
     push qword ptr [rdi + 32]
     push qword ptr [rdi + 24]
     push qword ptr [rdi + 16]
@@ -130,4 +133,5 @@ iret_entry:
     .text
     "#,
     probe = sym trap::PROBE,
+    data = const crate::tables::USER_DATA,
 );
