@@ -344,6 +344,7 @@ real_run:
     pushq %r13
     pushq %r14
     pushq %r15
+    movl %edx, %ebp             # RDMSR changes EDX
     sidt protected_saved_idt
     movq %cr0, %rax
     movl %eax, protected_saved_cr0
@@ -371,7 +372,7 @@ real_32:
     movl %eax, %fs
     movl %eax, %gs
     movl %eax, %ss
-    movl %edx, %eax             # a selector with a 4 GiB limit, or the same
+    movl %ebp, %eax             # a selector with a 4 GiB limit, or the same
     movl %eax, %fs
     ljmpl *%cs:real_to_16
 
