@@ -215,14 +215,15 @@ impl Vcpu {
     /// Takes INIT and start-up IPIs, and the owner's wish to stop.
     fn attend(&mut self) -> State {
         let attention = Arc::clone(&self.signal.attention);
-        let seen = attention.take(Attention::CANCEL | Attention::INIT);
+        // All at once: a start-up IPI seen without the INIT before it would start nothing.
+        let seen = attention.take(Attention::CANCEL | Attention::INIT | Attention::SIPI);
         if self.stop.is_set() {
             return State::Stopped;
         }
         if seen & Attention::INIT != 0 {
             self.init();
         }
-        if attention.take(Attention::SIPI) != 0 && self.cpu.state.activity == Activity::WaitForSipi {
+        if seen & Attention::SIPI != 0 && self.cpu.state.activity == Activity::WaitForSipi {
             self.cpu.state.start_up(self.signal.sipi_vector());
             self.cpu.state_changed();
         }

@@ -38,6 +38,12 @@ impl VcpuSignal {
         self.attention.clear(bits);
     }
 
+    /// Delivers an INIT signal. A start-up IPI that came before it starts nothing any more.
+    pub fn init(&self) {
+        self.attention.clear(Attention::SIPI);
+        self.raise(Attention::INIT);
+    }
+
     /// Delivers a start-up IPI with its vector.
     pub fn start_up(&self, vector: u8) {
         self.sipi_vector.store(vector, Ordering::SeqCst);

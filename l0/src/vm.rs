@@ -234,6 +234,7 @@ impl Machine {
         }
         let ready = self.started.elapsed();
         let mut threads = Vec::new();
+        let mut refused = None;
         for mut vcpu in self.vcpus.drain(..) {
             let stop = Arc::clone(&self.stop);
             let body = move || {
@@ -244,15 +245,25 @@ impl Machine {
                 std::mem::forget(guard);
             };
             let name = format!("vcpu{}", threads.len());
-            threads.push(std::thread::Builder::new().name(name).spawn(body).map_err(RunError::Thread)?);
-        }
-        for thread in threads {
-            if thread.join().is_err() {
-                return Err(RunError::Internal);
+            match std::thread::Builder::new().name(name).spawn(body) {
+                Ok(thread) => threads.push(thread),
+                Err(error) => {
+                    refused = Some(error);
+                    self.stop.request(MachineEvent::Quit);
+                    break;
+                }
             }
         }
+        // Whatever went wrong, nothing of the machine runs on: all threads are waited for before anything is said.
+        let panicked = threads.into_iter().filter_map(|thread| thread.join().err()).count() > 0;
         self.clock.stop();
         self.chipset.finish();
+        if let Some(error) = refused {
+            return Err(RunError::Thread(error));
+        }
+        if panicked {
+            return Err(RunError::Internal);
+        }
         if let Some(failure) = lock(&self.stop.failure).take() {
             return Err(failure.into());
         }

@@ -94,17 +94,22 @@ impl Cpu {
         if attention & (Attention::CANCEL | Attention::INIT | Attention::SIPI) != 0 {
             return Next::Leave(Exit::Attention);
         }
-        if self.state.activity != Activity::Active && !self.wake(attention) {
-            return Next::Leave(match self.state.activity {
-                Activity::Shutdown => Exit::Shutdown,
-                _ => Exit::Halted,
-            });
+        let before = self.state.activity;
+        if before != Activity::Active && !self.would_wake(attention) {
+            return Next::Leave(if before == Activity::Shutdown { Exit::Shutdown } else { Exit::Halted });
         }
-        if self.state.ticks() >= limit {
+        let ticks = self.state.ticks();
+        if ticks >= limit {
             return Next::Leave(Exit::Budget);
         }
+        self.state.activity = Activity::Active;
         if let Some(exit) = self.deliver_due(attention) {
             return Next::Leave(exit);
+        }
+        if before == Activity::Halted && self.state.ticks() == ticks {
+            // The interrupt has gone since it asked for attention: HLT goes on.
+            self.state.activity = Activity::Halted;
+            return Next::Leave(Exit::Halted);
         }
         if self.state.ticks() >= limit {
             return Next::Leave(Exit::Budget);
@@ -116,18 +121,13 @@ impl Cpu {
         if careful { Next::One } else { Next::Blocks }
     }
 
-    /// Leaves HLT if something is there to do.
-    fn wake(&mut self, attention: u32) -> bool {
+    /// True if something would end HLT.
+    fn would_wake(&self, attention: u32) -> bool {
         let interrupt = attention & Attention::INTERRUPT != 0 && self.state.system_flag(rflags::IF);
         let nmi = attention & Attention::NMI != 0 && !self.state.nmi_blocked;
         let debug = self.state.pending_debug != 0;
-        if self.state.activity == Activity::Halted
+        self.state.activity == Activity::Halted
             && (interrupt || nmi || debug || self.state.injected.is_some())
-        {
-            self.state.activity = Activity::Active;
-            return true;
-        }
-        false
     }
 
     /// Delivers one event if one is due.

@@ -383,7 +383,7 @@ impl Lapic {
                 }
             }
             Some(DeliveryMode::Nmi) => self.signal.raise(Attention::NMI),
-            Some(DeliveryMode::Init) => self.signal.raise(Attention::INIT),
+            Some(DeliveryMode::Init) => self.signal.init(),
             // ExtINT is a level that `external_interrupt` reads.
             Some(DeliveryMode::ExtInt) => {}
             // UNSUPPORTED: SMI. The machine has no SMM, and an SMI without a handler changes nothing.

@@ -224,7 +224,7 @@ impl Unit {
                 return apic.accept(message.vector, message.level_triggered);
             }
             DeliveryMode::Nmi => self.signal.raise(Attention::NMI),
-            DeliveryMode::Init => self.signal.raise(Attention::INIT),
+            DeliveryMode::Init => self.signal.init(),
             DeliveryMode::StartUp => self.signal.start_up(message.vector),
             // UNSUPPORTED: the machine has no SMM.
             DeliveryMode::Smi => {}
