@@ -174,7 +174,9 @@ fn timer_periodic() {
     for _ in 0..5 {
         cpu::sti_hlt();
     }
-    equal("periodic timer, five times from HLT", count(TIMER), 5);
+    // One may have come between two HLTs where the machine is slow.
+    let fired = count(TIMER);
+    check!("periodic timer, five times from HLT", fired >= 5, "{fired}");
     apic::write(TIMER_INITIAL, 0);
     open_for(10_000_000);
     let stopped = count(TIMER);

@@ -354,6 +354,7 @@ real_32:
     movl protected_saved_cr0, %eax
     andl $0x7fffffff, %eax
     movl %eax, %cr0
+    movl %edx, %ebp             # RDMSR overwrites EDX
     movl $0xC0000080, %ecx
     rdmsr
     andl $0xfffffeff, %eax
@@ -367,7 +368,7 @@ real_32:
     movl %eax, %fs
     movl %eax, %gs
     movl %eax, %ss
-    movl %edx, %eax             # a selector with a 4 GiB limit, or the same
+    movl %ebp, %eax             # a selector with a 4 GiB limit, or the same
     movl %eax, %fs
     ljmpl *%cs:real_to_16
 

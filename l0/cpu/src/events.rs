@@ -52,12 +52,12 @@ fn combine(first: u8, second: Fault) -> Option<Fault> {
 
 impl Event {
     /// Raised by INT n, INT3 or INTO: the gate's DPL is checked, and error codes have EXT clear.
-    fn from_program(&self) -> bool {
+    fn is_software(&self) -> bool {
         matches!(self.kind, EventKind::SoftwareInterrupt | EventKind::SoftwareException)
     }
 
     fn ext(&self) -> u32 {
-        if self.from_program() { 0 } else { EXT }
+        if self.is_software() { 0 } else { EXT }
     }
 }
 
@@ -244,7 +244,7 @@ impl Cpu {
 
     /// DPL and presence of a gate.
     fn check_gate(&mut self, gate: Descriptor, event: Event) -> Exec {
-        if event.from_program() && gate.dpl() < self.state.cpl {
+        if event.is_software() && gate.dpl() < self.state.cpl {
             return Err(self.gate_fault(vector::GP, event));
         }
         if !gate.present() {

@@ -15,6 +15,9 @@ use crate::state::{Activity, Event, EventKind, SLOT_BLOCK_IP, Seg, Shadow};
 use crate::trap::{Exec, Fault, Trap};
 use crate::{Cpu, Exit};
 
+/// IA32_DEBUGCTL.BTF: TF traps after taken branches only.
+const DEBUGCTL_BTF: u64 = 2;
+
 /// What the run loop does next.
 enum Next {
     /// Whole blocks until something asks to look up.
@@ -55,6 +58,8 @@ impl Cpu {
             }
             let block = match self.find_block() {
                 Ok(block) => block,
+                // The fault belongs to the next instruction.
+                Err(_) if self.state.ticks() >= limit => return Exit::Budget,
                 Err(trap) => {
                     if let Some(exit) = self.take_trap(trap) {
                         return exit;
@@ -100,6 +105,9 @@ impl Cpu {
         }
         if let Some(exit) = self.deliver_due(attention) {
             return Next::Leave(exit);
+        }
+        if self.state.ticks() >= limit {
+            return Next::Leave(Exit::Budget);
         }
         let flags = rflags::TF | rflags::RF;
         let code_breakpoints = self.state.dr7 & dr::DR7_ENABLES != 0 && self.has_code_breakpoints();
@@ -148,10 +156,12 @@ impl Cpu {
             return None;
         };
         self.state.shadow = Shadow::None;
-        self.state.stalls += 1;
         self.attend();
         match self.deliver(event) {
-            Ok(()) => None,
+            Ok(()) => {
+                self.state.stalls += 1;
+                None
+            }
             Err(trap) => self.take_trap(trap),
         }
     }
@@ -205,10 +215,12 @@ impl Cpu {
         let had_rf = self.state.system_flag(rflags::RF);
         self.state.rflags_system &= !rflags::RF;
         self.step_trap = trap_flag;
+        let sequential = self.wrap_ip(self.state.rip.wrapping_add(u64::from(block.len)));
         let result = self.execute(&block, 1);
         match result {
             Ok(()) => {
-                if self.step_trap {
+                let branched = block.count == 1 && self.state.rip != sequential;
+                if self.step_trap && (branched || self.state.msrs.debugctl & DEBUGCTL_BTF == 0) {
                     self.state.pending_debug |= dr::DR6_BS;
                 }
                 None

@@ -83,7 +83,7 @@ mod tests {
         let mut bytes = [0; 16];
         ram.memory.read_slice(&mut bytes, GuestAddress(address)).unwrap();
         let mut decoder = Decoder::with_ip(16, &bytes, address & 0xffff, DecoderOptions::NONE);
-        let mut text = |instruction| {
+        let text = |instruction| {
             let mut line = String::new();
             IntelFormatter::new().format(&instruction, &mut line);
             line

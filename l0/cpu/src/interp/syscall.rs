@@ -74,6 +74,8 @@ fn syscall(cpu: &mut Cpu, _: &Cold) -> Exec {
     cpu.state.seg_mut(Seg::Ss).selector = selector.wrapping_add(8);
     cpu.state.rip = cpu.state.msrs.lstar;
     cpu.state.set_rflags(flags & !cpu.state.msrs.fmask);
+    // With TF masked there is no trap in the handler.
+    cpu.step_trap &= cpu.state.system_flag(rflags::TF);
     cpu.refresh_mode();
     Ok(())
 }
