@@ -174,9 +174,8 @@ fn timer_periodic() {
     for _ in 0..5 {
         cpu::sti_hlt();
     }
-    // One may have come between two HLTs where the machine is slow.
-    let fired = count(TIMER);
-    check!("periodic timer, five times from HLT", fired >= 5, "{fired}");
+    // On a busy host the next one may be due before the last HLT's CLI.
+    check!("periodic timer, five times from HLT", count(TIMER) >= 5, "{}", count(TIMER));
     apic::write(TIMER_INITIAL, 0);
     open_for(10_000_000);
     let stopped = count(TIMER);

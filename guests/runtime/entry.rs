@@ -70,6 +70,7 @@ entry64:
     movl %eax, %fs
     movl %eax, %gs
     movl %esp, %esp
+    fninit                  # after a reset all x87 registers are in use and all exceptions unmasked
     xorl %ebp, %ebp
     cmpl $boot_stack_top, %esp
     jne 1f

@@ -300,6 +300,10 @@ protected_recorder:
     movl %eax, PROTECTED_RECORD + 8
     movl %cr0, %eax
     movl %eax, PROTECTED_RECORD + 12
+    # Long mode cannot be entered while TR holds a 16-bit TSS: back to the runtime's.
+    andb $0xfd, GDT + 0x38 + 5
+    movl $0x38, %eax
+    ltr %ax
 
     # Back to long mode, from flat 32-bit code with any other segments.
 legacy_return:
@@ -340,6 +344,7 @@ real_run:
     pushq %r13
     pushq %r14
     pushq %r15
+    movl %edx, %ebp             # RDMSR changes EDX
     sidt protected_saved_idt
     movq %cr0, %rax
     movl %eax, protected_saved_cr0
@@ -354,7 +359,6 @@ real_32:
     movl protected_saved_cr0, %eax
     andl $0x7fffffff, %eax
     movl %eax, %cr0
-    movl %edx, %ebp             # RDMSR overwrites EDX
     movl $0xC0000080, %ecx
     rdmsr
     andl $0xfffffeff, %eax

@@ -105,8 +105,7 @@ iret_entry:
     mov [rip + {probe} + 16], rsp
     lea rax, [rip + 2f]
     mov [rip + {probe}], rax
-    # A segment of DPL 0 would be replaced by a null one on the way out, which 32-bit code cannot use.
-    mov eax, {user_data}
+    mov eax, {data}     # IRET to ring 3 makes a DS of ring 0 null
     mov ds, eax
     mov es, eax
     push qword ptr [rdi + 32]
@@ -134,5 +133,5 @@ iret_entry:
     .text
     "#,
     probe = sym trap::PROBE,
-    user_data = const crate::tables::USER_DATA,
+    data = const crate::tables::USER_DATA,
 );
