@@ -11,8 +11,7 @@ impl Random {
     }
 
     /// The next 64 bits.
-    #[expect(clippy::should_implement_trait, reason = "an endless stream is no iterator that ends")]
-    pub fn next(&mut self) -> u64 {
+    pub fn bits(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -22,7 +21,7 @@ impl Random {
 
     /// A number below `limit` (which must not be 0).
     pub fn below(&mut self, limit: u64) -> u64 {
-        self.next() % limit
+        self.bits() % limit
     }
 
     /// True in `percent` of 100 cases.
@@ -41,7 +40,7 @@ pub fn mix(parts: &[u64]) -> u64 {
     let mut random = Random::new(0x7475_7274_6c65_7321);
     for &part in parts {
         random.0 ^= part;
-        random.0 = random.next();
+        random.0 = random.bits();
     }
     random.0
 }

@@ -112,7 +112,7 @@ fn vex(random: &mut Random, info: &OpCodeInfo, bits: Bits) -> Vec<u8> {
         MandatoryPrefix::PF2 => 3,
         MandatoryPrefix::None | MandatoryPrefix::PNP => 0,
     };
-    let random_bits = random.next();
+    let random_bits = random.bits();
     let w = if info.is_wig() { random_bits & 1 } else { u64::from(info.w()) } as u8;
     let l = if info.is_lig() { random_bits >> 1 & 1 } else { u64::from(info.l()) } as u8;
     let vvvv = if random.chance(50) { 15 } else { random.below(16) as u8 };
@@ -130,7 +130,7 @@ fn vex(random: &mut Random, info: &OpCodeInfo, bits: Bits) -> Vec<u8> {
 
 /// ModRM, SIB, displacement and immediate, whatever of them there is.
 fn tail(random: &mut Random, info: &OpCodeInfo, bytes: &mut Vec<u8>) {
-    let mut modrm = random.next() as u8;
+    let mut modrm = random.bits() as u8;
     if random.chance(25) {
         modrm |= 0xc0;
     }
@@ -142,7 +142,7 @@ fn tail(random: &mut Random, info: &OpCodeInfo, bytes: &mut Vec<u8>) {
     }
     bytes.push(modrm);
     for _ in 0..14 {
-        bytes.push(random.next() as u8);
+        bytes.push(random.bits() as u8);
     }
 }
 
@@ -158,8 +158,8 @@ pub fn fix(random: &mut Random, bytes: &mut [u8], bits: Bits, ip: u64) {
     });
     if branch {
         let base = ip & !0xffff | CODE;
-        let target = if random.chance(95) { base + random.below(2 * PAGE as u64) } else { random.next() };
-        let near = (next as i64 + i64::from(random.next() as i8)) as u64;
+        let target = if random.chance(95) { base + random.below(2 * PAGE as u64) } else { random.bits() };
+        let near = (next as i64 + i64::from(random.bits() as i8)) as u64;
         let target = if at.immediate_size() == 1 { near } else { target };
         put(bytes, at.immediate_offset(), at.immediate_size(), target.wrapping_sub(next));
         return;
@@ -194,17 +194,17 @@ pub fn mutate(random: &mut Random, bytes: &mut Vec<u8>) {
         [0x26, 0x2e, 0x36, 0x3e, 0x64, 0x65, 0x66, 0x67, 0xf2, 0xf3, 0xf0, 0x40, 0x48, 0x4f, 0x0f, 0xc4];
     if random.chance(10) {
         bytes.clear();
-        bytes.extend((0..16).map(|_| random.next() as u8));
+        bytes.extend((0..16).map(|_| random.bits() as u8));
         return;
     }
     for _ in 0..1 + random.below(3) {
         let at = random.below(bytes.len() as u64) as usize;
         match random.below(5) {
             0 => bytes[at] ^= 1 << random.below(8),
-            1 => bytes[at] = random.next() as u8,
+            1 => bytes[at] = random.bits() as u8,
             2 => bytes.insert(0, random.pick(&PREFIXES)),
             3 => bytes.insert(at, random.pick(&PREFIXES)),
-            _ => bytes.push(random.next() as u8),
+            _ => bytes.push(random.bits() as u8),
         }
     }
     if random.chance(3) {

@@ -199,12 +199,10 @@ pub fn decode_comparable(bits: Bits, code: &[u8], ip: u64) -> Result<Instruction
     if insn.is_invalid() && code.iter().take(insn.len()).any(|&byte| byte == 0x62) {
         return Err("may be EVEX, which the host may have".to_owned());
     }
-    let wide_vex = code
-        .iter()
-        .position(|&byte| byte == 0xc4)
-        .and_then(|at| code.get(at + 2))
-        .is_some_and(|b| b & 0x80 != 0);
-    if bits == Bits::B32 && insn.op_code().is_wig32() && wide_vex {
+    if insn.is_invalid() && valid_with_other_w(bits, code, ip) {
+        return Err("VEX.W where it must have one value: ignored or undefined, by vendor".to_owned());
+    }
+    if bits == Bits::B32 && insn.op_code().is_wig32() && vex_w(code).is_some_and(|at| code[at] & 0x80 != 0) {
         return Err("VEX.W outside 64-bit mode: ignored or undefined, by vendor".to_owned());
     }
     let rex_b = bits == Bits::B64 && insn.len() > 1 && code[insn.len() - 2] & 0xf1 == 0x41;
@@ -212,4 +210,18 @@ pub fn decode_comparable(bits: Bits, code: &[u8], ip: u64) -> Result<Instruction
         return Err("PAUSE with REX.B: some processors exchange registers".to_owned());
     }
     comparable(&insn, bits).map(|()| insn)
+}
+
+/// Where the byte with VEX.W is, if there is one.
+fn vex_w(code: &[u8]) -> Option<usize> {
+    code.iter().position(|&byte| byte == 0xc4).map(|at| at + 2).filter(|&at| at < code.len())
+}
+
+fn valid_with_other_w(bits: Bits, code: &[u8], ip: u64) -> bool {
+    let Some(at) = vex_w(code) else { return false };
+    let mut other = code[..code.len().min(15)].to_vec();
+    if let Some(byte) = other.get_mut(at) {
+        *byte ^= 0x80;
+    }
+    !Decoder::with_ip(bits.count(), &other, ip, DecoderOptions::NONE).decode().is_invalid()
 }

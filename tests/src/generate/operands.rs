@@ -87,7 +87,7 @@ fn set_up_registers(random: &mut Random, insn: &Instruction, case: &mut Case) {
         _ if insn.is_string_instruction() && random.chance(85) => {
             let mask = if random.chance(80) { 0 } else { !0xffff_ffff };
             let count = if random.chance(10) { 0 } else { random.below(60) };
-            gpr[1] = random.next() & mask | count;
+            gpr[1] = random.bits() & mask | count;
         }
         _ => {}
     }
@@ -126,7 +126,7 @@ fn aim(random: &mut Random, insn: &Instruction, memory: &UsedMemory, case: &mut 
         return;
     }
     let value = values::target(random, size, align, low).wrapping_sub(sum);
-    let garbage = if base.size() == 4 && random.chance(30) { random.next() << 32 } else { 0 };
+    let garbage = if base.size() == 4 && random.chance(30) { random.bits() << 32 } else { 0 };
     let number = base.full_register().number();
     let value = if base == index {
         // Base and index are one register: solve for the sum of both.
@@ -248,7 +248,7 @@ fn equal_operands(insn: &Instruction, address: u64, case: &mut Case) {
 
 /// MXCSR as memory operand. Bit 17 is a flag of one vendor's processors.
 fn mxcsr(random: &mut Random) -> u32 {
-    let value = random.next() as u32;
+    let value = random.bits() as u32;
     if random.chance(10) { value & !(1 << 17) } else { value & 0xffff }
 }
 

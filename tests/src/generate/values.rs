@@ -80,9 +80,9 @@ pub fn integer(random: &mut Random) -> u64 {
         3 => random.pick(&CORNERS).wrapping_add(random.below(5)).wrapping_sub(2),
         4 => 1 << random.below(64),
         5 => random.below(300),
-        6 => i64::from(random.next() as i32) as u64,
+        6 => i64::from(random.bits() as i32) as u64,
         7 => LOW + random.below(2) * (HIGH - LOW) + random.below(ARENA_SIZE),
-        _ => random.next(),
+        _ => random.bits(),
     }
 }
 
@@ -100,7 +100,7 @@ pub fn stack(random: &mut Random, base: u64) -> u64 {
 /// RFLAGS: status flags as they fall, DF at times.
 pub fn flags(random: &mut Random) -> u64 {
     const STATUS: u64 = x86defs::rflags::STATUS;
-    let mut flags = random.next() & STATUS;
+    let mut flags = random.bits() & STATUS;
     if random.chance(25) {
         flags |= x86defs::rflags::DF;
     }
@@ -111,7 +111,7 @@ pub fn flags(random: &mut Random) -> u64 {
         flags |= x86defs::rflags::TF;
     }
     if random.chance(5) {
-        flags |= random.next() & (x86defs::rflags::ID | x86defs::rflags::NT);
+        flags |= random.bits() & (x86defs::rflags::ID | x86defs::rflags::NT);
     }
     flags & FLAGS
 }
@@ -120,7 +120,7 @@ pub fn flags(random: &mut Random) -> u64 {
 pub fn segment_base(random: &mut Random) -> u64 {
     match random.below(4) {
         0 => 0,
-        1 => random.next() >> 17,
+        1 => random.bits() >> 17,
         2 => LOW + random.below(ARENA_SIZE),
         _ => HIGH + DATA + random.below(2 * PAGE as u64),
     }
@@ -147,7 +147,7 @@ pub fn target(random: &mut Random, size: u64, align: u64, low: bool) -> u64 {
         }
         97 if !low => 0x7fff_ffff_fff0 + random.below(32),
         98 if !low => 0xffff_8000_0000_0000 + random.below(1 << 40),
-        _ => random.next() & if low { 0xffff_ffff } else { u64::MAX },
+        _ => random.bits() & if low { 0xffff_ffff } else { u64::MAX },
     }
 }
 
@@ -155,25 +155,25 @@ pub fn target(random: &mut Random, size: u64, align: u64, low: bool) -> u64 {
 pub fn fpu(random: &mut Random) -> Fpu {
     let mut fpu = Fpu::default();
     if random.chance(50) {
-        let control = random.next() as u16;
+        let control = random.bits() as u16;
         fpu.fcw = control & 0x0f00 | 0x40 | if random.chance(70) { 0x3f } else { control & 0x3f };
     }
-    fpu.fsw = random.next() as u16 & 0x7f00;
+    fpu.fsw = random.bits() as u16 & 0x7f00;
     if random.chance(15) {
-        fpu.fsw |= random.next() as u16 & 0x7f;
+        fpu.fsw |= random.bits() as u16 & 0x7f;
     }
     // ES and B summarize the unmasked exceptions.
     fpu.fsw &= 0x7f7f;
     if fpu.fsw & !fpu.fcw & 0x3f != 0 {
         fpu.fsw |= 0x8080;
     }
-    let tags = random.next() as u8;
+    let tags = random.bits() as u8;
     fpu.ftw = random.pick(&[0, 0xff, 0xff, tags]);
     for st in &mut fpu.st {
         *st = extended(random);
     }
     if random.chance(50) {
-        let control = random.next() as u32;
+        let control = random.bits() as u32;
         fpu.mxcsr = control & 0xe07f | if random.chance(70) { 0x1f80 } else { control & 0x1f80 };
     }
     for ymm in &mut fpu.ymm {
@@ -188,20 +188,20 @@ pub fn extended(random: &mut Random) -> [u8; 10] {
         0 => 0x8000_0000_0000_0000,
         1 => 0xc000_0000_0000_0000,
         2 => 0,
-        3 => random.next(),
-        _ => random.next() | 1 << 63,
+        3 => random.bits(),
+        _ => random.bits() | 1 << 63,
     };
     let exponent = match random.below(10) {
         0 => 0,
         1 => 0x7fff,
         2 => 0x7ffe,
         3 => 1,
-        4 => random.next() as u16 & 0x7fff,
+        4 => random.bits() as u16 & 0x7fff,
         _ => 0x3fff - 70 + random.below(140) as u16,
     };
     let mut bytes = [0; 10];
     bytes[..8].copy_from_slice(&mantissa.to_le_bytes());
-    bytes[8..].copy_from_slice(&(exponent | (random.next() as u16) << 15).to_le_bytes());
+    bytes[8..].copy_from_slice(&(exponent | (random.bits() as u16) << 15).to_le_bytes());
     bytes
 }
 
@@ -211,10 +211,10 @@ pub fn packed_decimal(random: &mut Random) -> [u8; 10] {
     for byte in &mut bytes[..9] {
         *byte = (random.below(10) << 4 | random.below(10)) as u8;
     }
-    let sign = random.next() as u8;
+    let sign = random.bits() as u8;
     bytes[9] = random.pick(&[0, 0x80, 0x80, sign]);
     if random.chance(5) {
-        bytes[random.below(9) as usize] = random.next() as u8;
+        bytes[random.below(9) as usize] = random.bits() as u8;
     }
     bytes
 }
@@ -235,7 +235,7 @@ fn element(random: &mut Random, kind: u64) -> u64 {
         u64::from(match random.below(3) {
             0 => random.pick(&SINGLES),
             1 => (random.below(2000) as f32 / 7.0 - 140.0).to_bits(),
-            _ => random.next() as u32,
+            _ => random.bits() as u32,
         })
     };
     match kind {
@@ -243,12 +243,12 @@ fn element(random: &mut Random, kind: u64) -> u64 {
         1 => match random.below(3) {
             0 => random.pick(&DOUBLES),
             1 => (random.below(2000) as f64 / 7.0 - 140.0).to_bits(),
-            _ => random.next(),
+            _ => random.bits(),
         },
         2 => random.pick(&CORNERS),
-        3 => random.next() & 0x7f7f_7f7f_7f7f_7f7f,
+        3 => random.bits() & 0x7f7f_7f7f_7f7f_7f7f,
         4 => integer(random),
-        _ => random.next(),
+        _ => random.bits(),
     }
 }
 

@@ -116,44 +116,41 @@ fn access_bits(state: &CpuState, access: Access, privilege: Privilege) -> u32 {
     code
 }
 
-/// "Determination of Access Rights" and "Protection Keys".
+/// "Determination of Access Rights" and "Protection Keys". The error code says PK whenever the key refuses, even if
+/// the access is refused for another reason as well.
 fn check(state: &CpuState, to: &Translation, access: Access, privilege: Privilege) -> Result<(), u32> {
-    let refused = Err(pf_error::PRESENT);
-    let write_protect = state.cr0 & cr0::WP != 0;
+    let by_key = access != Access::Fetch && key_refuses(state, to, access, privilege);
+    if !by_key && rights_allow(state, to, access, privilege) {
+        return Ok(());
+    }
+    Err(pf_error::PRESENT | if by_key { pf_error::PROTECTION_KEY } else { 0 })
+}
+
+fn rights_allow(state: &CpuState, to: &Translation, access: Access, privilege: Privilege) -> bool {
     let user_access = privilege == Privilege::User;
-    match access {
-        Access::Fetch => {
-            if !to.executable || user_access && !to.user {
-                return refused;
-            }
-            if !user_access && to.user && state.cr4 & cr4::SMEP != 0 {
-                return refused;
-            }
-            return Ok(());
-        }
-        Access::Read | Access::Write => {
-            if user_access && !to.user {
-                return refused;
-            }
-            let smap = state.cr4 & cr4::SMAP != 0
-                && (privilege == Privilege::Implicit || !state.system_flag(x86defs::rflags::AC));
-            if !user_access && to.user && smap {
-                return refused;
-            }
-            if access == Access::Write && !to.writable && (user_access || write_protect) {
-                return refused;
-            }
-        }
+    if user_access && !to.user {
+        return false;
     }
-    if to.user && state.cr4 & cr4::PKE != 0 && state.long_mode() {
-        let rights = state.pkru >> (to.key * 2);
-        let no_access = rights & 1 != 0;
-        let no_write = rights & 2 != 0 && access == Access::Write && (user_access || write_protect);
-        if no_access || no_write {
-            return Err(pf_error::PRESENT | pf_error::PROTECTION_KEY);
-        }
+    let supervisor_on_user = !user_access && to.user;
+    if access == Access::Fetch {
+        return to.executable && !(supervisor_on_user && state.cr4 & cr4::SMEP != 0);
     }
-    Ok(())
+    let smap = state.cr4 & cr4::SMAP != 0
+        && (privilege == Privilege::Implicit || !state.system_flag(x86defs::rflags::AC));
+    if supervisor_on_user && smap {
+        return false;
+    }
+    let write_protect = state.cr0 & cr0::WP != 0;
+    access == Access::Read || to.writable || !(user_access || write_protect)
+}
+
+fn key_refuses(state: &CpuState, to: &Translation, access: Access, privilege: Privilege) -> bool {
+    if !to.user || state.cr4 & cr4::PKE == 0 || !state.long_mode() {
+        return false;
+    }
+    let rights = state.pkru >> (to.key * 2);
+    let protects = privilege == Privilege::User || state.cr0 & cr0::WP != 0;
+    rights & 1 != 0 || rights & 2 != 0 && access == Access::Write && protects
 }
 
 /// A finished walk, with the entries that led there, so that they can be marked.
