@@ -239,11 +239,8 @@ impl fmt::Display for OpenKvm {
                 _ => writeln!(f, "  {}: yes", capability.name)?,
             }
         }
-        match self.tsc {
-            Some(GuestTsc { settable: false, .. }) => {
-                writeln!(f, "  A guest reads the host's own TSC, whatever KVM is asked.")?;
-            }
-            Some(_) | None => {}
+        if self.tsc.is_some_and(|tsc| !tsc.settable) {
+            writeln!(f, "  A guest reads the host's own TSC, whatever KVM is asked.")?;
         }
         match &self.speed {
             Ok(speed) => {

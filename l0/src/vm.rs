@@ -9,7 +9,7 @@ use turtles_cpu::attention::Attention;
 use turtles_cpu::cpuid::CpuModel;
 use turtles_cpu::mmu::walk::PHYSICAL_BITS;
 use turtles_cpu::phys::{PhysMemory, RamRange};
-use turtles_cpu::state::{Activity, CpuState};
+use turtles_cpu::state::{Activity, CpuState, X87State};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::boot::{self, BootState};
@@ -164,7 +164,7 @@ impl Machine {
         }
         if let Some(first) = machine.vcpus.first_mut() {
             first.cpu.state = cpu_state(&start);
-            set_memory_types(&mut first.cpu.state);
+            leave_as_firmware(&mut first.cpu.state);
             first.cpu.state_changed();
         }
         Ok(machine)
@@ -192,7 +192,7 @@ impl Machine {
         let mut cpu =
             Cpu::new(Arc::clone(physical), Box::new(bus), Arc::clone(model), attention, index as u32);
         cpu.state.activity = Activity::WaitForSipi;
-        set_memory_types(&mut cpu.state);
+        leave_as_firmware(&mut cpu.state);
         cpu.state_changed();
         let engine: Box<dyn Engine> = match vm {
             Some(vm) => Box::new(vm.vcpu(index, Arc::clone(signal), &cpu)?),
@@ -341,12 +341,14 @@ fn flat_spec(flat: FlatImage) -> boot::FlatSpec {
     boot::FlatSpec { address: flat.address, mode }
 }
 
-/// Memory types as firmware leaves them: write-back, but uncacheable from the PCI window to 4 GiB.
-fn set_memory_types(state: &mut CpuState) {
+/// What firmware would have set up on every CPU: an initialised x87 unit, and memory types (write-back, but
+/// uncacheable from the PCI window to 4 GiB).
+fn leave_as_firmware(state: &mut CpuState) {
     const WRITE_BACK: u64 = 6;
     const UNCACHEABLE: u64 = 0;
     const ENABLE: u64 = 1 << 11;
     const VALID: u64 = 1 << 11;
+    state.x87 = X87State::default();
     let mtrr = &mut state.msrs.mtrr;
     mtrr.def_type = ENABLE | WRITE_BACK;
     mtrr.variable[0] = LOW_RAM_END | UNCACHEABLE;

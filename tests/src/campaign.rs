@@ -79,6 +79,9 @@ impl Campaign {
             // executed natively.
             match self.soft.execute(&case, name.number & 1 == 0 || name.kind == Kind::Mutated) {
                 Outcome::Skipped(why) => self.skip(&why),
+                Outcome::Done(done) if self.native.occupies(done.exception.address) => {
+                    self.skip("touches memory of the native process");
+                }
                 soft => batch.push((name, case, soft)),
             }
             if batch.len() == native::BATCH {
@@ -141,8 +144,10 @@ fn code_of(case: &Case) -> &[u8] {
     image_index(case.start.rip).map_or(&[], |at| &case.image[at..(at + case.code_len).min(case.image.len())])
 }
 
+/// The first instruction, which may go on into the bytes behind the case's own.
 fn first_instruction(case: &Case) -> Instruction {
-    generate::decode(case.bits, code_of(case), case.start.rip)
+    let code = image_index(case.start.rip).map_or(&[][..], |at| &case.image[at..]);
+    generate::decode(case.bits, code, case.start.rip)
 }
 
 /// The instruction that a sequence faulted at: it is what the comparison must make allowances for.

@@ -182,11 +182,6 @@ fn can_continue(bits: u32, start: &[u8]) -> bool {
     })
 }
 
-/// Bytes from `address` to the end of its grain, which is in the same page.
-fn grain_left(address: u64) -> usize {
-    GRAIN - (address as usize & (GRAIN - 1))
-}
-
 /// Whether these bytes, which are no instruction, would be one but for its length. The decoder does not tell that
 /// from an undefined opcode; but only redundant prefixes make an instruction too long, so one is tried without them.
 fn is_too_long(bits: u32, bytes: &[u8]) -> bool {
@@ -203,6 +198,11 @@ fn is_too_long(bits: u32, bytes: &[u8]) -> bool {
         (!insn.is_invalid()).then(|| insn.len() + skip)
     });
     total.is_some_and(|total| total > MAX_LENGTH)
+}
+
+/// Bytes from `address` to the end of its grain, which is in the same page.
+fn grain_left(address: u64) -> usize {
+    GRAIN - (address as usize & (GRAIN - 1))
 }
 
 /// Fills in the memory operand's parts.

@@ -58,6 +58,8 @@ impl Cpu {
             }
             let block = match self.find_block() {
                 Ok(block) => block,
+                // The fault belongs to the next instruction.
+                Err(_) if self.state.ticks() >= limit => return Exit::Budget,
                 Err(trap) => {
                     if let Some(exit) = self.take_trap(trap) {
                         return exit;
@@ -103,6 +105,9 @@ impl Cpu {
         }
         if let Some(exit) = self.deliver_due(attention) {
             return Next::Leave(exit);
+        }
+        if self.state.ticks() >= limit {
+            return Next::Leave(Exit::Budget);
         }
         let flags = rflags::TF | rflags::RF;
         let code_breakpoints = self.state.dr7 & dr::DR7_ENABLES != 0 && self.has_code_breakpoints();
@@ -151,10 +156,12 @@ impl Cpu {
             return None;
         };
         self.state.shadow = Shadow::None;
-        self.state.stalls += 1;
         self.attend();
         match self.deliver(event) {
-            Ok(()) => None,
+            Ok(()) => {
+                self.state.stalls += 1;
+                None
+            }
             Err(trap) => self.take_trap(trap),
         }
     }

@@ -146,6 +146,8 @@ impl Cpu {
 
     /// Call after changing [`Cpu::state`] from outside: drops everything derived from it.
     pub fn state_changed(&mut self) {
+        // What the host executes for us relies on it that no x87 exception is pending unless ES says so.
+        self.state.x87.update_summary();
         self.tlb.flush_all();
         self.refresh_space();
         self.attend();

@@ -14,7 +14,7 @@
 //! accesses have the host's (x86's) ordering and atomicity.
 
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, fence};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use crate::attention::Attention;
 
@@ -117,6 +117,7 @@ impl Drop for Inside {
 pub struct PhysMemory {
     ranges: Box<[Range]>,
     peers: RwLock<Vec<Arc<Peer>>>,
+    split: Mutex<()>,
     keep_alive: Box<dyn std::any::Any + Send + Sync>,
 }
 
@@ -142,7 +143,7 @@ impl PhysMemory {
                 pages: (0..r.len / 4096).map(|_| CodePage::default()).collect(),
             })
             .collect();
-        Self { ranges, peers: RwLock::default(), keep_alive }
+        Self { ranges, peers: RwLock::default(), split: Mutex::default(), keep_alive }
     }
 
     /// Adds a vCPU.
@@ -150,6 +151,11 @@ impl PhysMemory {
         let peer = Arc::new(Peer { inside: AtomicBool::new(false), attention });
         self.peers.write().unwrap_or_else(PoisonError::into_inner).push(Arc::clone(&peer));
         peer
+    }
+
+    /// Held during a locked access that host atomics cannot do (across a page boundary).
+    pub(crate) fn split_lock(&self) -> MutexGuard<'_, ()> {
+        self.split.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Host address of the page at guest-physical `address`, and what is remembered of it; none outside RAM.

@@ -15,7 +15,7 @@ use crate::case::{Case, FLAGS, Final, arena_offset};
 /// Lines that say what differs, `native` first; empty if the finals agree.
 pub fn differences(case: &Case, insn: &Instruction, native: &Final, soft: &Final) -> Vec<String> {
     let mut lines = Vec::new();
-    if open::either_fault(insn, native, soft) {
+    if open::either_fault(case, insn, native, soft) {
         return lines;
     }
     exceptions(native, soft, &mut lines);

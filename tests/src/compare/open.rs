@@ -4,7 +4,7 @@
 use iced_x86::{CpuidFeature, FlowControl, Instruction, MemorySize, Mnemonic, OpKind, Register};
 use x86defs::{pf_error, rflags, vector};
 
-use crate::case::Final;
+use crate::case::{Bits, Case, Final, image_index};
 
 fn is_masked_move(insn: &Instruction) -> bool {
     matches!(
@@ -40,8 +40,16 @@ fn is_state_area(insn: &Instruction) -> bool {
         )
 }
 
+/// Prefixes of the case's first instruction.
+fn prefixes(case: &Case) -> usize {
+    const LEGACY: [u8; 11] = [0x26, 0x2e, 0x36, 0x3e, 0x64, 0x65, 0x66, 0x67, 0xf0, 0xf2, 0xf3];
+    let code = image_index(case.start.rip).map_or(&[][..], |at| &case.image[at..]);
+    let rex = |byte: &u8| case.bits == Bits::B64 && byte & 0xf0 == 0x40;
+    code.iter().take_while(|byte| LEGACY.contains(byte) || rex(byte)).count()
+}
+
 /// True where two different ends are both right.
-pub(super) fn either_fault(insn: &Instruction, native: &Final, soft: &Final) -> bool {
+pub(super) fn either_fault(case: &Case, insn: &Instruction, native: &Final, soft: &Final) -> bool {
     let (n, s) = (native.exception.vector, soft.exception.vector);
     let one_is = |a: u8, b: u8| (n, s) == (a, b) || (n, s) == (b, a);
     // "Priority Among Concurrent Events" has both in one class.
@@ -96,8 +104,8 @@ pub(super) fn either_fault(insn: &Instruction, native: &Final, soft: &Final) -> 
     if ten_bytes && n == vector::PF && (s == vector::GP || s == vector::SS) {
         return true;
     }
-    // An undefined instruction of more than 15 bytes.
-    if insn.is_invalid() && insn.len() == 15 && one_is(vector::GP, vector::UD) {
+    // An undefined opcode with so many prefixes that, with the operands it would have, it exceeds 15 bytes.
+    if insn.is_invalid() && prefixes(case) > 4 && one_is(vector::GP, vector::UD) {
         return true;
     }
     // XSAVE may touch the areas of all enabled components, and the host has more of them.

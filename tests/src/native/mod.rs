@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 
 use crate::case::{
     Bits, Case, Exception, FIXED_FLAGS, FLAGS, Final, Fpu, IMAGE_SIZE, Image, Outcome, Registers, XSAVE_SIZE,
-    selector,
+    image_index, selector,
 };
 
 /// Cases that go to the child at once.
@@ -73,6 +73,8 @@ pub struct Native {
     window: *mut u8,
     child: libc::pid_t,
     batch: u32,
+    /// Start and end of what the child has mapped beside the arena.
+    own: Vec<(u64, u64)>,
 }
 
 /// Whether user code can set FS and GS bases (CR4.FSGSBASE as Linux announces it).
@@ -98,7 +100,7 @@ impl Native {
         }
         let window = map_shared(IMAGE_SIZE, arena)?.cast::<u8>();
         let shared = map_shared(size_of::<Shared>(), -1)?.cast::<Shared>();
-        let mut native = Self { shared, arena, window, child: 0, batch: 0 };
+        let mut native = Self { shared, arena, window, child: 0, batch: 0, own: Vec::new() };
         native.shared().fsgsbase.store(u32::from(has_fsgsbase()), Ordering::SeqCst);
         native.spawn()?;
         Ok(native)
@@ -126,9 +128,34 @@ impl Native {
             0 => child::main(self.shared, self.arena, self.window),
             pid => {
                 self.child = pid;
-                Ok(())
+                // An empty batch: when it is done, the child has made its mappings.
+                match self.run_slots(0, 0) {
+                    None => self.read_maps(),
+                    Some(why) => {
+                        Err(io::Error::other(format!("{why}; it may not be allowed seccomp filters")))
+                    }
+                }
             }
         }
+    }
+
+    fn read_maps(&mut self) -> io::Result<()> {
+        let maps = std::fs::read_to_string(format!("/proc/{}/maps", self.child))?;
+        let parse = |line: &str| {
+            let (start, end) = line.split_whitespace().next()?.split_once('-')?;
+            Some((u64::from_str_radix(start, 16).ok()?, u64::from_str_radix(end, 16).ok()?))
+        };
+        self.own =
+            maps.lines().filter_map(parse).filter(|&(start, _)| image_index(start).is_none()).collect();
+        Ok(())
+    }
+
+    /// True if the child has something of its own at `address`, where the case has nothing: the case must not be
+    /// executed.
+    pub fn occupies(&self, address: u64) -> bool {
+        // An access reaches a little further than the address of its fault.
+        const REACH: u64 = 4096;
+        self.own.iter().any(|&(start, end)| address.saturating_add(REACH) >= start && address < end)
     }
 
     /// Executes up to [`BATCH`] cases.

@@ -220,11 +220,16 @@ fn cmpxchg_mem<T: Int, const LOCK: bool>(cpu: &mut Cpu, op: &Op) -> Exec {
 impl Cpu {
     /// An atomic read-modify-write: `f` may run several times.
     ///
-    /// DEVIATION: across a page boundary, or outside RAM, the access is not atomic.
+    /// DEVIATION: across a page boundary, the access is atomic only among its like (they take one lock); outside RAM
+    /// it is not atomic.
     pub(crate) fn locked<T: Int>(&mut self, linear: u64, mut f: impl FnMut(&mut Status, T) -> T) -> Exec {
         let (at, physical) = match self.locked_place(linear, T::SIZE)? {
             Some(place) => place,
-            None => return self.modify::<T>(linear, f),
+            None => {
+                let memory = std::sync::Arc::clone(&self.memory);
+                let _alone = memory.split_lock();
+                return self.modify::<T>(linear, f);
+            }
         };
         loop {
             let mut status = self.state.status;
@@ -249,6 +254,7 @@ impl Cpu {
         if let Some(at) = self.fast_write_pointer(linear, size) {
             return Ok(Some((at, None)));
         }
+        self.check_address(linear, size)?;
         if self.privilege() == Privilege::User {
             self.check_alignment(linear, size)?;
         }

@@ -320,7 +320,7 @@ impl Cpu {
 
     /// Canonical-address check of a data access in 64-bit mode. (The run loop makes #SS of it where the operand was
     /// relative to SS.)
-    fn check_address(&mut self, linear: u64, size: usize) -> Exec {
+    pub(crate) fn check_address(&mut self, linear: u64, size: usize) -> Exec {
         if !self.state.long_mode() {
             return Ok(());
         }

@@ -149,6 +149,9 @@ pub struct KvmHost {
     pub(super) supported_cpuid: Arc<[kb::kvm_cpuid_entry2]>,
     /// KVM keeps its own translations of guest page tables, which only the guest's own writes keep fresh.
     pub(super) shadow_paging: bool,
+    /// The processor has no virtualization of its own: KVM emulates ring 0, many instructions at a time, and does not
+    /// look in between whether interrupts can be taken.
+    pub(super) emulates_ring0: bool,
 }
 
 impl KvmHost {
@@ -174,6 +177,7 @@ impl KvmHost {
             xsave_size: usize::try_from(xsave2).unwrap_or(0).max(4096),
             supported_cpuid: supported.as_slice().into(),
             shadow_paging: !two_dimensional_paging(),
+            emulates_ring0: !processor_virtualizes(),
             kvm: Arc::new(kvm),
         })
     }
@@ -207,4 +211,11 @@ impl KvmHost {
 fn two_dimensional_paging() -> bool {
     let on = |path: &str| std::fs::read_to_string(path).is_ok_and(|text| matches!(text.trim(), "Y" | "1"));
     on("/sys/module/kvm_intel/parameters/ept") || on("/sys/module/kvm_amd/parameters/npt")
+}
+
+/// True with VMX or SVM.
+fn processor_virtualizes() -> bool {
+    use std::arch::x86_64::__cpuid;
+    __cpuid(1).ecx >> 5 & 1 != 0
+        || __cpuid(0x8000_0000).eax > 0x8000_0000 && __cpuid(0x8000_0001).ecx >> 2 & 1 != 0
 }

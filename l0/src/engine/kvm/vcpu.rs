@@ -26,6 +26,9 @@ const SOON: Duration = Duration::from_micros(50);
 /// The most instructions the software CPU executes before KVM is tried again: about the time of one KVM entry's
 /// failure a hundred times over.
 const LONGEST_BURST: u64 = 4096;
+/// Where KVM would not stop as soon as a waiting interrupt can be taken, the software CPU goes on to that point, for
+/// this many instructions at a time.
+const WINDOW_BURST: u64 = 4096;
 
 /// What happened, for `--stats` and tests.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
@@ -220,6 +223,10 @@ impl KvmVcpu {
         if !convert::kvm_can_hold_events(state) {
             return Ok(Next::Software(1));
         }
+        if self.may_miss_a_window(cpu, attention & Attention::INTERRUPT != 0) {
+            return Ok(Next::Software(WINDOW_BURST));
+        }
+        let state = &cpu.state;
         let open = state.injected.is_none() && can_take_interrupts(state);
         let nmi = attention & Attention::NMI != 0 && !state.nmi_blocked;
         if open && !nmi {
@@ -232,6 +239,12 @@ impl KvmVcpu {
         }
         self.move_in(cpu)?;
         Ok(Next::Again)
+    }
+
+    /// True if KVM would not come back as soon as an interrupt can be taken: one that waits, or one that may be
+    /// waiting for CR8 to be lowered (a KVM that emulates does not tell of that).
+    fn may_miss_a_window(&self, cpu: &mut Cpu, interrupt_waits: bool) -> bool {
+        self.vm.host.emulates_ring0 && (interrupt_waits || cpu.bus().cr8() != 0)
     }
 
     fn acknowledge(&mut self, cpu: &mut Cpu) {
@@ -277,6 +290,9 @@ impl KvmVcpu {
                 self.stats.interrupts += 1;
             }
             wanted = self.signal.attention.get() & Attention::INTERRUPT != 0;
+        }
+        if self.may_miss_a_window(cpu, wanted) {
+            return Ok(Err(Next::Software(WINDOW_BURST)));
         }
         self.cr8 = cpu.bus().cr8();
         let valid = if self.state_wanted && self.image.uses_run_page() { ALL_IN_RUN_PAGE } else { 0 };
