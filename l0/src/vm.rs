@@ -352,7 +352,7 @@ fn leave_as_firmware(state: &mut CpuState) {
     let mtrr = &mut state.msrs.mtrr;
     mtrr.def_type = ENABLE | WRITE_BACK;
     mtrr.variable[0] = LOW_RAM_END | UNCACHEABLE;
-    mtrr.variable[1] = (1 << PHYSICAL_BITS) - (HIGH_RAM_START - LOW_RAM_END) | VALID;
+    mtrr.variable[1] = ((1 << PHYSICAL_BITS) - (HIGH_RAM_START - LOW_RAM_END)) | VALID;
 }
 
 /// The registers a boot protocol asks for, over the state after INIT.

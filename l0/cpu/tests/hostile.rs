@@ -281,7 +281,7 @@ fn random_state(random: &mut Random, state: &mut CpuState, mode: Mode, code: u64
     if state.cr4 & cr4::PCIDE != 0 {
         state.cr3 |= random.below(16);
     }
-    state.pdptes = [TABLES + PAGE | 1, TABLES + 2 * PAGE | 1, TABLES + 3 * PAGE | 1, 0];
+    state.pdptes = [(TABLES + PAGE) | 1, (TABLES + 2 * PAGE) | 1, (TABLES + 3 * PAGE) | 1, 0];
     state.pkru = if random.one_in(2) { 0 } else { random.next() as u32 };
     for seg in [Seg::Es, Seg::Ss, Seg::Ds, Seg::Fs, Seg::Gs] {
         *state.seg_mut(seg) = random_segment(random, mode, cpl);

@@ -24,7 +24,7 @@ fn popfq(before: u64, value: u64, user: bool) -> u64 {
 
 #[test]
 fn popf_by_privilege() {
-    let all = u64::MAX & !rflags::TF;
+    let all = !rflags::TF;
     let never = rflags::RF | rflags::VM | rflags::VIF | rflags::VIP;
     assert_eq!(popfq(0, all, false), rflags::ALL & !never & !rflags::TF | 2);
     assert_eq!(popfq(0, all, true), rflags::ALL & !never & !rflags::TF & !rflags::IF & !rflags::IOPL | 2);
