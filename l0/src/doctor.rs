@@ -6,11 +6,7 @@
 use std::fmt;
 use std::fs;
 
-use crate::engine::kvm::{CAPABILITIES, Capability, GuestTsc, KvmHost, Need, OpenError, Speed};
-
-/// Ring-0 instructions a second from which KVM beats the software CPU. A processor with virtualization does
-/// thousands of millions, a KVM that emulates a few; the software CPU is in between.
-pub const FAST_RING0: f64 = 50e6;
+use crate::engine::kvm::{CAPABILITIES, Capability, FAST_RING0, GuestTsc, KvmHost, Need, OpenError, Speed};
 
 /// The engine that suits this host.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -179,7 +175,8 @@ impl HostReport {
             },
             Ok(speed) => soft(format!(
                 "KVM runs ring-0 code at only {} (it emulates a kernel's instructions one by one), less than {} from \
-                 which it pays",
+                 which it pays; with --engine kvm only long stretches of ring 3 would run on KVM, and all else on the \
+                 software CPU",
                 Rate(speed.ring0_per_second),
                 Rate(FAST_RING0)
             )),

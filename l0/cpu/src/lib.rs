@@ -85,6 +85,9 @@ pub struct Cpu {
     pub want_interrupt_window: bool,
     /// CPU number, for CPUID's APIC ID.
     pub(crate) apic_id: u32,
+    /// Times that privilege or mode may have changed, and when that was last: see [`Cpu::mode_changes`].
+    pub(crate) mode_changes: u64,
+    pub(crate) mode_since: u64,
 }
 
 // SAFETY: the raw pointer points into `tlb`, which moves with the CPU as boxed memory; all other fields are Send.
@@ -123,6 +126,8 @@ impl Cpu {
             step_trap: false,
             want_interrupt_window: false,
             apic_id,
+            mode_changes: 0,
+            mode_since: 0,
         };
         cpu.state_changed();
         cpu
@@ -151,6 +156,17 @@ impl Cpu {
         self.tlb.flush_all();
         self.refresh_space();
         self.attend();
+    }
+
+    /// Counts occasions at which the privilege level may have changed. As long as it stays the same, so does the
+    /// privilege level.
+    pub fn mode_changes(&self) -> u64 {
+        self.mode_changes
+    }
+
+    /// Ticks since the last of these occasions, to the length of a block of instructions.
+    pub fn ticks_in_mode(&self) -> u64 {
+        self.state.ticks().saturating_sub(self.mode_since)
     }
 
     /// Reads guest memory at a linear address without any effect on the guest; returns how many bytes are mapped.

@@ -14,6 +14,17 @@
 //! - `transfer`: moving state, with `convert` (registers, events), `xsave`, `msrs` and `tsc`
 //! - `cpuid`: what the guest may see; `probe`: how fast this KVM is
 //!
+//! - `user`: the share of the guest that KVM executes where it emulates ring 0; `tunables`: its sizes
+//!
+//! What runs where ([`Share`], decided once by the measured speed of ring 0):
+//!
+//! | guest code | processor virtualizes (VMX, SVM) | KVM emulates ring 0 (PVM) |
+//! | --- | --- | --- |
+//! | rings 0-2, real, 16-bit, 32-bit, virtual-8086, PAE | KVM | software CPU: KVM's emulator is slower and inexact |
+//! | ring 3, 64-bit, long without a system call | KVM | KVM, if nothing of its state needs the kernel's registers |
+//! | ring 3 otherwise | KVM | software CPU: one way to KVM and back costs as much as thousands of instructions |
+//! | exceptions, interrupts, INT n, SYSCALL from ring 3 | KVM | software CPU, from the state before the instruction |
+//!
 //! Invariants:
 //! - KICK-1: whoever sets an attention bit either is seen before KVM_RUN, or ends it.
 //! - STALE-1: what the software CPU derived from guest memory is dropped before it runs after KVM, and what KVM
@@ -29,16 +40,20 @@ mod msrs;
 mod probe;
 mod transfer;
 mod tsc;
+mod tunables;
+mod user;
 mod vcpu;
 mod vm;
 mod xsave;
 
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod user_tests;
 
 pub use cpuid::LostFeature;
-pub use host::{CAPABILITIES, Capability, KvmHost, Need, OpenError};
-pub use probe::Speed;
+pub use host::{CAPABILITIES, Capability, KvmHost, Need, OpenError, Share};
+pub use probe::{FAST_RING0, Speed};
 pub use tsc::GuestTsc;
 pub use vcpu::{KvmVcpu, Stats};
 pub use vm::KvmVm;

@@ -393,6 +393,8 @@ impl Cpu {
 
     /// Recomputes what depends on CPL, CR0, CR4, EFER, RFLAGS.AC, DR7 and the code segment: call after changing any.
     pub fn refresh_mode(&mut self) {
+        self.mode_changes = self.mode_changes.wrapping_add(1);
+        self.mode_since = self.state.ticks();
         self.code_bits = self.state.code_bits();
         let data_breakpoints =
             (0..4).any(|i| self.state.dr7 & 3 << (2 * i) != 0 && matches!(self.breakpoint(i).0, 1 | 3));

@@ -1,11 +1,12 @@
 //! /dev/kvm: whether we may use it, and what it can do.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use kvm_bindings as kb;
 use kvm_ioctls::Kvm;
 
 use super::failed;
+use super::probe::FAST_RING0;
 use crate::engine::EngineError;
 
 /// The only version of KVM's interface there has been since 2007.
@@ -135,6 +136,15 @@ impl From<OpenError> for EngineError {
     }
 }
 
+/// What KVM is given to execute; see the table in the module's documentation.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Share {
+    /// All of the guest: the processor virtualizes it.
+    All,
+    /// Long stretches of 64-bit code in ring 3: KVM emulates all else, slowly and not exactly.
+    User,
+}
+
 /// The host's KVM.
 #[derive(Clone)]
 pub struct KvmHost {
@@ -152,6 +162,8 @@ pub struct KvmHost {
     /// The processor has no virtualization of its own: KVM emulates ring 0, many instructions at a time, and does not
     /// look in between whether interrupts can be taken.
     pub(super) emulates_ring0: bool,
+    /// What KVM executes.
+    pub(super) share: Share,
 }
 
 impl KvmHost {
@@ -169,7 +181,7 @@ impl KvmHost {
         let supported = kvm
             .get_supported_cpuid(kb::KVM_MAX_CPUID_ENTRIES)
             .map_err(failed("asking what CPUID may show"))?;
-        Ok(Self {
+        let mut this = Self {
             has_sync_regs: Self::ask(&kvm, kb::KVM_CAP_SYNC_REGS) & all_sync == all_sync,
             has_tsc_control: has(kb::KVM_CAP_TSC_CONTROL),
             has_exit_on_emulation_failure: has(kb::KVM_CAP_EXIT_ON_EMULATION_FAILURE),
@@ -179,7 +191,30 @@ impl KvmHost {
             shadow_paging: !two_dimensional_paging(),
             emulates_ring0: !processor_virtualizes(),
             kvm: Arc::new(kvm),
-        })
+            share: Share::All,
+        };
+        this.share = this.measured_share()?;
+        Ok(this)
+    }
+
+    /// The share that suits this host, measured once in the process.
+    fn measured_share(&self) -> Result<Share, EngineError> {
+        static SHARE: OnceLock<Share> = OnceLock::new();
+        if let Some(&share) = SHARE.get() {
+            return Ok(share);
+        }
+        let fast = self.measure()?.ring0_per_second >= FAST_RING0;
+        Ok(*SHARE.get_or_init(|| if fast { Share::All } else { Share::User }))
+    }
+
+    /// The same KVM, given `share` to execute whatever was measured.
+    pub fn with_share(self, share: Share) -> Self {
+        Self { share, ..self }
+    }
+
+    /// What KVM executes.
+    pub fn share(&self) -> Share {
+        self.share
     }
 
     /// Opens the device, without asking what it can do.

@@ -14,15 +14,15 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend as _};
 use x86defs::cpuid::Register;
 use x86defs::{cr0, cr4, efer, msr, paging, rflags};
 
-use super::{GuestTsc, KvmHost, KvmVcpu, KvmVm, Stats};
+use super::{GuestTsc, KvmHost, KvmVcpu, KvmVm, Share, Stats};
 use crate::engine::Engine;
 use crate::memory::Ram;
 use crate::vcpu_signal::{VcpuSignal, lock};
 
 const BUDGET: u64 = 1_000_000_000;
-const CODE: u64 = 0x1000;
-const HANDLER: u64 = 0x2000;
-const IDT: u64 = 0x3000;
+pub(super) const CODE: u64 = 0x1000;
+pub(super) const HANDLER: u64 = 0x2000;
+pub(super) const IDT: u64 = 0x3000;
 const GDT: u64 = 0x3800;
 const TSS: u64 = 0x3900;
 const PML4: u64 = 0x4000;
@@ -97,8 +97,8 @@ impl Bus for TestBus {
     }
 }
 
-struct Machine {
-    cpu: Cpu,
+pub(super) struct Machine {
+    pub(super) cpu: Cpu,
     vcpu: KvmVcpu,
     ram: Ram,
     seen: Arc<Mutex<Seen>>,
@@ -107,8 +107,13 @@ struct Machine {
 
 /// A machine with 4 MiB of RAM, or none where there is no KVM.
 fn machine() -> Option<Machine> {
+    machine_with(Share::All)
+}
+
+/// One whose KVM executes `share`, whatever suits this host.
+pub(super) fn machine_with(share: Share) -> Option<Machine> {
     let host = match KvmHost::open() {
-        Ok(host) => host,
+        Ok(host) => host.with_share(share),
         Err(error) => {
             println!("SKIP kvm: {error}");
             return None;
@@ -133,20 +138,20 @@ fn machine() -> Option<Machine> {
     Some(Machine { cpu, vcpu, ram, seen, signal })
 }
 
-fn flat(access: u32, selector: u16) -> Segment {
+pub(super) fn flat(access: u32, selector: u16) -> Segment {
     Segment { base: 0, limit: 0xffff_ffff, access, selector }
 }
 
 impl Machine {
-    fn put(&self, at: u64, bytes: &[u8]) {
+    pub(super) fn put(&self, at: u64, bytes: &[u8]) {
         self.ram.memory.write_slice(bytes, GuestAddress(at)).unwrap();
     }
 
-    fn put64(&self, at: u64, value: u64) {
+    pub(super) fn put64(&self, at: u64, value: u64) {
         self.put(at, &value.to_le_bytes());
     }
 
-    fn get64(&self, at: u64) -> u64 {
+    pub(super) fn get64(&self, at: u64) -> u64 {
         self.ram.memory.read_obj(GuestAddress(at)).unwrap()
     }
 
@@ -162,7 +167,7 @@ impl Machine {
 
     /// 64-bit ring 0 at `CODE`: the first GiB and the GiB at `MMIO` mapped to themselves for user mode too, an IDT
     /// whose `VECTOR`, #UD and #GP go to `HANDLER`.
-    fn long(&mut self, code: &[u8]) {
+    pub(super) fn long(&mut self, code: &[u8]) {
         self.put(CODE, code);
         let entry = paging::PRESENT | paging::WRITE | paging::USER;
         self.put64(PML4, (PML4 + 0x1000) | entry);
@@ -216,25 +221,25 @@ impl Machine {
         self.set(state);
     }
 
-    fn set(&mut self, state: CpuState) {
+    pub(super) fn set(&mut self, state: CpuState) {
         self.cpu.state = state;
         self.cpu.state_changed();
     }
 
-    fn run(&mut self) -> Exit {
+    pub(super) fn run(&mut self) -> Exit {
         self.vcpu.run(&mut self.cpu, BUDGET).unwrap()
     }
 
-    fn stats(&self) -> Stats {
+    pub(super) fn stats(&self) -> Stats {
         self.vcpu.stats()
     }
 
-    fn interrupt(&self) {
+    pub(super) fn interrupt(&self) {
         lock(&self.seen).pending = Some(VECTOR);
         self.signal.raise(Attention::INTERRUPT);
     }
 
-    fn gpr(&self, index: usize) -> u64 {
+    pub(super) fn gpr(&self, index: usize) -> u64 {
         self.cpu.state.gpr.get(index)
     }
 }

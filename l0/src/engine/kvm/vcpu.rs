@@ -12,7 +12,8 @@ use x86defs::rflags;
 use super::kick::{Running, SliceTimer, Target};
 use super::transfer::{ALL_IN_RUN_PAGE, Image};
 use super::tsc::TscSync;
-use super::{KvmVm, LostFeature, convert, failed, ioctl};
+use super::user::UserShare;
+use super::{KvmVm, LostFeature, Share, convert, failed, ioctl};
 use crate::engine::{Engine, EngineError};
 use crate::vcpu_signal::VcpuSignal;
 
@@ -63,6 +64,10 @@ pub struct Stats {
     pub bursts: u64,
     /// See above.
     pub software_instructions: u64,
+    /// Stretches of ring 3 that KVM executed alone ([`super::Share::User`]), and their host time in µs.
+    pub user_stretches: u64,
+    /// See above.
+    pub user_micros: u64,
     /// State moved into KVM.
     pub moved_in: u64,
     /// State moved out.
@@ -98,12 +103,12 @@ pub struct KvmVcpu {
     pub(super) fd: VcpuFd,
     pub(super) vm: Arc<KvmVm>,
     pub(super) signal: Arc<VcpuSignal>,
-    target: Arc<Target>,
+    pub(super) target: Arc<Target>,
     timer: Option<SliceTimer>,
-    slice_end: Instant,
-    image: Image,
+    pub(super) slice_end: Instant,
+    pub(super) image: Image,
     tsc: TscSync,
-    tsc_hz: u64,
+    pub(super) tsc_hz: u64,
     /// The state is in KVM; `Cpu::state` is old.
     resident: bool,
     /// The instruction KVM exited for is finished by the next KVM_RUN.
@@ -111,11 +116,11 @@ pub struct KvmVcpu {
     /// An external interrupt can be queued.
     ready: bool,
     /// KVM stored registers in the run page when it returned last.
-    in_run_page: bool,
+    pub(super) in_run_page: bool,
     /// The last exit that was of a kind to decide needed the whole state: ask KVM to store it.
     state_wanted: bool,
     /// CR8 as KVM was given it.
-    cr8: u8,
+    pub(super) cr8: u8,
     /// How long the software CPU ran when KVM gave up last, and when KVM was entered after that.
     burst: u64,
     entered: Instant,
@@ -124,6 +129,7 @@ pub struct KvmVcpu {
     /// The software CPU's count when state was last moved out, or when it did nothing KVM must know of.
     instructions_seen: u64,
     warned_of_entry: bool,
+    pub(super) user: UserShare,
     lost: Vec<LostFeature>,
     pub(super) stats: Stats,
 }
@@ -141,7 +147,8 @@ impl KvmVcpu {
         let fd = vm.fd.create_vcpu(index as u64).map_err(failed(format!("creating vCPU {index}")))?;
         let (entries, lost) = vm.host.cpuid_entries(cpuid)?;
         fd.set_cpuid2(&entries).map_err(failed("setting CPUID"))?;
-        if index == 0 && !lost.is_empty() {
+        // Otherwise the software CPU answers CPUID, or nobody can.
+        if index == 0 && !lost.is_empty() && vm.host.share == Share::All {
             let names: Vec<_> = lost.iter().map(ToString::to_string).collect();
             log::warn!(
                 "this host's KVM does not give the guest all of its CPU model: no {}",
@@ -173,6 +180,7 @@ impl KvmVcpu {
             last_kick_at: None,
             instructions_seen: 0,
             warned_of_entry: false,
+            user: UserShare::default(),
             lost,
             stats: Stats::default(),
         })
@@ -304,7 +312,7 @@ impl KvmVcpu {
     }
 
     /// KVM_RUN, and what must be looked at however it ended.
-    fn kvm_run(&mut self, cpu: &mut Cpu) -> Result<Ended, EngineError> {
+    pub(super) fn kvm_run(&mut self, cpu: &mut Cpu) -> Result<Ended, EngineError> {
         self.stats.runs += 1;
         self.unfinished = false;
         let result = self.fd.run().map(|exit| matches!(exit, kvm_ioctls::VcpuExit::MemoryFault { .. }));
@@ -324,7 +332,7 @@ impl KvmVcpu {
         }
     }
 
-    fn set_immediate_exit(&mut self, value: u8) {
+    pub(super) fn set_immediate_exit(&mut self, value: u8) {
         let at = &raw mut self.fd.get_kvm_run().immediate_exit;
         // SAFETY: a byte of the mapped run page; volatile, because the signal handler writes it too.
         unsafe { at.write_volatile(value) };
@@ -357,7 +365,7 @@ impl KvmVcpu {
     }
 
     /// Registers in the run page that KVM has not taken yet: they are nowhere else.
-    fn registers_wait(&mut self) -> bool {
+    pub(super) fn registers_wait(&mut self) -> bool {
         self.fd.get_kvm_run().kvm_dirty_regs != 0
     }
 
@@ -402,7 +410,7 @@ impl KvmVcpu {
     }
 
     /// Executes on the software CPU, the state being at home.
-    fn execute(&mut self, cpu: &mut Cpu, instructions: u64) -> Option<Exit> {
+    pub(super) fn execute(&mut self, cpu: &mut Cpu, instructions: u64) -> Option<Exit> {
         let before = cpu.state.instructions;
         let exit = cpu.run(instructions);
         self.stats.bursts += 1;
@@ -512,7 +520,10 @@ impl Engine for KvmVcpu {
         // SAFETY: the run page is mapped as long as `fd` is open, which is longer than this call.
         let running = unsafe { Running::new(&target, &mut timer, immediate_exit, SLICE) };
         let exit = running.and_then(|running| {
-            let exit = self.run_loop(cpu);
+            let exit = match self.vm.host.share {
+                Share::All => self.run_loop(cpu),
+                Share::User => self.user_loop(cpu, budget),
+            };
             drop(running);
             exit
         });

@@ -1,5 +1,6 @@
 //! A KVM virtual machine: guest RAM as memory slots, and which MSRs come to us.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use kvm_bindings::{
@@ -31,6 +32,8 @@ pub struct KvmVm {
     memory: GuestMemory,
     /// Held while the spare slot is there.
     spare: Mutex<GuestMemoryMmap<()>>,
+    /// vCPUs made so far.
+    pub(super) vcpus: AtomicUsize,
 }
 
 impl KvmVm {
@@ -44,7 +47,13 @@ impl KvmVm {
         let spare = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 4096)]).map_err(|error| {
             EngineError::Kvm { what: "mapping a page".into(), source: std::io::Error::other(error) }
         })?;
-        let vm = Self { host: host.clone(), fd, memory: Arc::clone(&ram.memory), spare: Mutex::new(spare) };
+        let vm = Self {
+            host: host.clone(),
+            fd,
+            memory: Arc::clone(&ram.memory),
+            spare: Mutex::new(spare),
+            vcpus: AtomicUsize::new(0),
+        };
         for (slot, &(start, len, _)) in (0..).zip(&ram.ranges) {
             vm.set_slot(slot, start, len, host_address(&vm.memory, start)?)?;
         }
@@ -63,6 +72,7 @@ impl KvmVm {
         cpu: &Cpu,
     ) -> Result<KvmVcpu, EngineError> {
         let model = cpu.model();
+        self.vcpus.fetch_add(1, Ordering::Relaxed);
         let after_reset = Dynamic {
             apic_id: u32::try_from(index).unwrap_or(u32::MAX),
             apic_enabled: true,

@@ -1,0 +1,277 @@
+//! Ring 3 on KVM, everything else on the software CPU: for a KVM that emulates ring 0 ([`super::Share::User`]).
+//!
+//! Such a KVM (PVM) executes ring 3 on the processor itself, at full speed, but delivers events, loads segments and
+//! checks modes by its emulator, which is slow and in places wrong. So KVM gets only what needs none of that: 64-bit
+//! code in ring 3, in long stretches. It is entered with registers under which nothing can leave ring 3: an IDT and a
+//! GDT of limit zero, no SYSCALL, no SYSENTER, no TSS. Whatever the guest does other than compute then ends KVM_RUN
+//! (KVM_EXIT_SHUTDOWN) with the state as before the instruction, which the software CPU executes under the guest's
+//! own system registers.
+//!
+//! Only what ring 3 can change is taken back from KVM (`take_back`); the rest never was KVM's.
+//!
+//! - USER-1: between the end of a stretch and the next one, if the guest's privilege may have changed, KVM drops what
+//!   it derived from page tables. A processor need not see a page-table edit before an INVLPG, which is ring 0's.
+//! - USER-2: only a machine with one vCPU. What KVM writes reaches decoded code of this vCPU, which is forgotten
+//!   after each stretch, but not that of others, which go on meanwhile. Others execute on the software CPU alone.
+//!
+//! DEVIATION: where ring 3 is on the processor, instructions that tell about the processor without faulting tell the
+//! host's truth, and nothing we are given can trap them: CPUID shows the host's leaves, RDPID, RDTSCP and LSL give
+//! the host's CPU number, LAR and LSL read the host's GDT, and instructions execute that the guest's CPUID or CR4 do
+//! not offer (RDFSBASE for one). Programs ask such things as they start, before a stretch is long enough for KVM.
+
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+use kvm_bindings as kb;
+use turtles_cpu::attention::Attention;
+use turtles_cpu::state::{CpuState, Seg, Segment, Shadow, TableRegister};
+use turtles_cpu::{Cpu, Exit};
+use x86defs::{cr0, cr4, dr, efer, rflags, segment, vector, xcr0};
+
+use super::tunables::{MOST_PATIENCE, PATIENCE, WORTH_IT};
+use super::vcpu::{Ended, KvmVcpu};
+use super::{GuestTsc, failed};
+use crate::engine::EngineError;
+
+/// Selectors of the host's own ring 3 (Linux for x86-64), which the guest's ring 3 then can read from CS and SS.
+const USER_CS: u16 = 0x33;
+const USER_SS: u16 = 0x2b;
+/// What KVM has in CR0 and CR4 meanwhile. Ring 3 sees none of it.
+const CR0: u64 = cr0::PE | cr0::PG | cr0::WP | cr0::NE | cr0::ET | cr0::MP;
+const CR4: u64 = cr4::PAE | cr4::OSFXSR | cr4::OSXMMEXCPT;
+/// RFLAGS that ring 3 cannot change.
+const KERNELS_FLAGS: u64 = rflags::IF | rflags::IOPL | rflags::VM | rflags::VIF | rflags::VIP | rflags::RF;
+/// The guest's TSC may be off the host's by this fraction of a second: what reading the clocks may take.
+const TSC_TOLERANCE: u64 = 1000;
+/// Lengths of INT3 and of INT n.
+const INT3: u8 = 0xcc;
+
+/// How the share goes.
+pub(super) struct UserShare {
+    /// Instructions to wait for before the next stretch.
+    patience: u64,
+    /// [`Cpu::mode_changes`] when the last stretch had ended, if KVM's shadow is of then.
+    left_at: Option<u64>,
+    debugging: bool,
+}
+
+impl Default for UserShare {
+    fn default() -> Self {
+        Self { patience: PATIENCE, left_at: None, debugging: false }
+    }
+}
+
+/// True if ring 3 would behave on the processor as this state demands.
+fn suits(state: &CpuState) -> bool {
+    let selector = |seg| state.seg(seg).selector;
+    let data = [Seg::Ds, Seg::Es, Seg::Fs, Seg::Gs];
+    let selectors = selector(Seg::Cs) == USER_CS
+        && selector(Seg::Ss) == USER_SS
+        && data
+            .into_iter()
+            .all(|seg| selector(seg) & !segment::SELECTOR_RPL == 0 || selector(seg) == USER_SS);
+    let control = state.cr0 & (cr0::PG | cr0::TS | cr0::EM) == cr0::PG
+        && state.cr4 & (cr4::PAE | cr4::OSFXSR) == cr4::PAE | cr4::OSFXSR
+        && state.cr4 & (cr4::TSD | cr4::LA57 | cr4::PKE) == 0;
+    // KVM has no room for the upper halves of YMM registers.
+    let vectors = state.cr4 & cr4::OSXSAVE == 0 || state.xcr0 & !(xcr0::X87 | xcr0::SSE) == 0;
+    let forbidden =
+        rflags::TF | rflags::AC | rflags::RF | rflags::VM | rflags::IOPL | rflags::VIF | rflags::VIP;
+    let quiet = state.injected.is_none()
+        && state.pending_debug == 0
+        && state.shadow == Shadow::None
+        && state.dr7 & dr::DR7_ENABLES == 0
+        && state.system_flag(rflags::IF)
+        && !state.system_flag(forbidden);
+    state.cpl == 3
+        && state.code64()
+        && selectors
+        && control
+        && vectors
+        && quiet
+        && state.efer & efer::SCE != 0
+}
+
+/// The state as KVM gets it: nothing leads out of ring 3.
+fn fence_in(state: &mut CpuState) {
+    let nothing = Segment { base: 0, limit: 0, access: segment::UNUSABLE, selector: 0 };
+    state.idtr = TableRegister { base: 0, limit: 0 };
+    state.gdtr = TableRegister { base: 0, limit: 0 };
+    state.ldtr = nothing;
+    state.tr = Segment { base: 0, limit: 0, access: 0x8b, selector: 0 };
+    state.cr0 = CR0;
+    state.cr4 = CR4;
+    state.cr3 &= !0xfff;
+    state.efer &= efer::LME | efer::LMA | efer::NXE;
+    state.dr7 = dr::DR7_FIXED_1;
+    state.msrs = Default::default();
+    state.nmi_blocked = false;
+}
+
+/// Takes from `kvm` what ring 3 can change, and the rest from `before`.
+fn take_back(before: CpuState, kvm: &CpuState) -> CpuState {
+    let mut state = before;
+    state.gpr = kvm.gpr;
+    state.rip = kvm.rip;
+    state.set_rflags(kvm.rflags() & !KERNELS_FLAGS | state.rflags() & KERNELS_FLAGS);
+    state.x87 = kvm.x87;
+    state.vector.mxcsr = kvm.vector.mxcsr;
+    for (to, from) in state.vector.ymm.iter_mut().zip(&kvm.vector.ymm) {
+        to[..16].copy_from_slice(&from[..16]);
+    }
+    for seg in [Seg::Es, Seg::Cs, Seg::Ss, Seg::Ds, Seg::Fs, Seg::Gs] {
+        let loaded = kvm.seg(seg);
+        if loaded.selector != state.seg(seg).selector {
+            *state.seg_mut(seg) = *loaded;
+        } else if matches!(seg, Seg::Fs | Seg::Gs) {
+            state.seg_mut(seg).base = loaded.base;
+        }
+    }
+    state
+}
+
+impl KvmVcpu {
+    /// The run loop: the software CPU, and KVM once ring 3 has kept it busy for long enough.
+    pub(super) fn user_loop(&mut self, cpu: &mut Cpu, budget: u64) -> Result<Exit, EngineError> {
+        let limit = cpu.state.ticks().saturating_add(budget);
+        loop {
+            let left = limit.saturating_sub(cpu.state.ticks());
+            if left == 0 || Instant::now() >= self.slice_end {
+                return Ok(Exit::Budget);
+            }
+            if let Some(exit) = self.execute(cpu, left.min(PATIENCE)) {
+                return Ok(exit);
+            }
+            let long = cpu.state.cpl == 3 && cpu.ticks_in_mode() >= self.user.patience;
+            if long && self.may_enter(cpu) {
+                self.stretch(cpu)?;
+            }
+        }
+    }
+
+    fn may_enter(&mut self, cpu: &mut Cpu) -> bool {
+        // USER-2
+        self.vm.vcpus.load(Ordering::Relaxed) == 1
+            && suits(&cpu.state)
+            && !cpu.want_interrupt_window
+            && self.signal.attention.get() == 0
+            && self.reads_the_hosts_tsc(cpu)
+    }
+
+    /// RDTSC in ring 3 reads the host's TSC: only where that is the guest's.
+    fn reads_the_hosts_tsc(&self, cpu: &mut Cpu) -> bool {
+        let ticks = cpu.state.ticks();
+        let owners = cpu.bus().tsc(ticks);
+        GuestTsc::host_now().abs_diff(cpu.state.tsc(owners)) <= self.tsc_hz / TSC_TOLERANCE
+    }
+
+    /// One stretch of ring 3 on KVM. The state is at home before and after.
+    fn stretch(&mut self, cpu: &mut Cpu) -> Result<(), EngineError> {
+        // USER-1
+        if self.user.left_at != Some(cpu.mode_changes()) {
+            self.vm.drop_shadow_pages()?;
+        }
+        self.report_traps()?;
+        let before = cpu.state.clone();
+        fence_in(&mut cpu.state);
+        self.image.move_in(&mut self.fd, cpu, false)?;
+        self.stats.moved_in += 1;
+        let start = Instant::now();
+        let ended = self.run_user(cpu);
+        let took = start.elapsed();
+        let trap = match &ended {
+            Ok(Ended::Exit(kb::KVM_EXIT_DEBUG)) => self.trapped(),
+            _ => None,
+        };
+        let home = self.come_back(cpu, before);
+        ended?;
+        home?;
+        if let Some(number) = trap {
+            redo_trap(cpu, number);
+        }
+        self.stats.user_stretches += 1;
+        self.stats.user_micros += u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
+        self.user.patience = if took < WORTH_IT {
+            self.user.patience.saturating_mul(2).min(MOST_PATIENCE)
+        } else {
+            (self.user.patience / 2).max(PATIENCE)
+        };
+        Ok(())
+    }
+
+    /// Has traps (INT3, single-step) end KVM_RUN as such: a shutdown would not tell that they came after the
+    /// instruction.
+    fn report_traps(&mut self) -> Result<(), EngineError> {
+        if !std::mem::replace(&mut self.user.debugging, true) {
+            let control = kb::KVM_GUESTDBG_ENABLE | kb::KVM_GUESTDBG_USE_SW_BP | kb::KVM_GUESTDBG_USE_HW_BP;
+            let debug = kb::kvm_guest_debug { control, ..Default::default() };
+            self.fd.set_guest_debug(&debug).map_err(failed("asking to be told of traps"))?;
+        }
+        Ok(())
+    }
+
+    /// The vector of the trap that KVM_RUN ended with.
+    fn trapped(&mut self) -> Option<u8> {
+        // SAFETY: the exit reason says which part of the union KVM filled in.
+        let debug = unsafe { self.fd.get_kvm_run().__bindgen_anon_1.debug.arch };
+        u8::try_from(debug.exception).ok()
+    }
+
+    /// KVM_RUN until something happens that is not ring 3's own.
+    fn run_user(&mut self, cpu: &mut Cpu) -> Result<Ended, EngineError> {
+        self.set_immediate_exit(0);
+        self.target.go_inside();
+        if self.signal.attention.get() != 0 {
+            self.set_immediate_exit(1);
+        }
+        self.cr8 = cpu.bus().cr8();
+        let cr8 = u64::from(self.cr8);
+        let valid = if self.image.uses_run_page() { super::transfer::ALL_IN_RUN_PAGE } else { 0 };
+        let run = self.fd.get_kvm_run();
+        run.request_interrupt_window = 0;
+        run.cr8 = cr8;
+        run.kvm_valid_regs = valid;
+        let ended = self.kvm_run(cpu);
+        self.target.come_out();
+        ended
+    }
+
+    /// Finishes what KVM has begun, and brings the state home.
+    fn come_back(&mut self, cpu: &mut Cpu, before: CpuState) -> Result<(), EngineError> {
+        let mut first = true;
+        while std::mem::take(&mut first) && self.registers_wait() || self.unfinished {
+            self.set_immediate_exit(1);
+            self.kvm_run(cpu)?;
+        }
+        let moved = self.image.move_out(&self.fd, cpu, &Attention::default(), self.in_run_page);
+        self.stats.moved_out += 1;
+        cpu.state = take_back(before, &cpu.state);
+        cpu.forget_code();
+        cpu.state_changed();
+        self.user.left_at = Some(cpu.mode_changes());
+        moved
+    }
+}
+
+/// A trap came after its instruction, and KVM has not delivered it.
+fn redo_trap(cpu: &mut Cpu, number: u8) {
+    let mut bytes = [0; 2];
+    let rip = cpu.state.rip;
+    match number {
+        vector::BP => {
+            // INT3, or INT n with 3, before or at RIP: the software CPU executes it again.
+            let known = cpu.peek(rip.wrapping_sub(2), &mut bytes);
+            let mut here = [0; 1];
+            let at_it = cpu.peek(rip, &mut here) == 1 && here[0] == INT3;
+            if known == 2 && bytes == [0xcd, 3] {
+                cpu.state.rip = rip.wrapping_sub(2);
+            } else if known == 2 && bytes[1] == INT3 && !at_it {
+                cpu.state.rip = rip.wrapping_sub(1);
+            }
+        }
+        // POPF has set TF, and one instruction has been executed since.
+        vector::DB if cpu.state.system_flag(rflags::TF) => cpu.state.pending_debug |= dr::DR6_BS,
+        _ => {}
+    }
+    cpu.state_changed();
+}
