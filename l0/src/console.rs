@@ -345,12 +345,16 @@ mod tests {
         let capture = Capture::default();
         let (go, stuck) = mpsc::channel();
         let output = Output::new(Box::new(Stuck(stuck, capture.clone()))).unwrap();
-        let mut writer = OutputWriter { queue: Arc::clone(&output.queue), patience: Duration::from_millis(50) };
+        let mut writer =
+            OutputWriter { queue: Arc::clone(&output.queue), patience: Duration::from_millis(50) };
         let started = Instant::now();
         for _ in 0..4 * MOST_WAITING / 4096 {
             writer.write_all(&[b'x'; 4096]).unwrap();
         }
-        assert!(started.elapsed() < Duration::from_secs(20), "the patience is spent once, not at every write");
+        assert!(
+            started.elapsed() < Duration::from_secs(20),
+            "the patience is spent once, not at every write"
+        );
         assert!(lock(&output.queue.state).bytes.len() <= MOST_WAITING);
         drop(go);
         drop(output);

@@ -67,9 +67,17 @@ fn pc(source: ClockSource, disk: &std::path::Path) -> Pc {
     let clock = Clock::new(source, 1_000_000_000);
     let signals: Vec<_> = (0..VCPUS).map(|_| Arc::new(VcpuSignal::default())).collect();
     let stop = Arc::new(Stop::default());
-    let chipset =
-        Chipset::build(&config, &ram, &clock, &signals, stop, Arc::new(InRam), Box::new(Nowhere), 1_767_225_600)
-            .expect("a chipset");
+    let chipset = Chipset::build(
+        &config,
+        &ram,
+        &clock,
+        &signals,
+        stop,
+        Arc::new(InRam),
+        Box::new(Nowhere),
+        1_767_225_600,
+    )
+    .expect("a chipset");
     let pc = Pc { chipset, clock, ram };
     // As firmware would: memory space and bus mastering on, so that the BARs answer.
     for slot in 1..=DEVICES {
@@ -116,7 +124,7 @@ fn address(random: &mut Random, pc: &Pc) -> u64 {
         0 => 0xfec0_0000 + random.pick(&[0, 0x10, 0x40, 0]),
         1 => 0xfed0_0000 + aligned(random, 0x400),
         2 | 3 => ECAM + (random.below(DEVICES + 2) << 15) + aligned(random, 0x1000),
-        4 => ECAM + random.next() % 0x1000_0000,
+        4 => ECAM + random.bits() % 0x1000_0000,
         5..=9 => {
             let base = bar(pc, 1 + random.below(DEVICES));
             // Common configuration, then interrupt status, device registers, notification; or anywhere.
@@ -126,14 +134,14 @@ fn address(random: &mut Random, pc: &Pc) -> u64 {
                 _ => aligned(random, 0x8000),
             }
         }
-        10 => random.next() & 0x3fff_ffff_ffff,
-        _ => 0xc000_0000 + random.next() % 0x4000_0000,
+        10 => random.bits() & 0x3fff_ffff_ffff,
+        _ => 0xc000_0000 + random.bits() % 0x4000_0000,
     }
 }
 
 fn value(random: &mut Random) -> u64 {
     match random.below(8) {
-        0 => random.next(),
+        0 => random.bits(),
         1 => 0,
         2 => u64::MAX,
         3 => random.below(16),
@@ -150,7 +158,7 @@ fn scatter_queues(random: &mut Random, pc: &Pc) {
         let at = random.below(RAM / 4096 - 1) << 12;
         for i in 0..16 {
             let mut descriptor = [0; 16];
-            let target = if random.chance(90) { random.below(RAM) } else { random.next() };
+            let target = if random.chance(90) { random.below(RAM) } else { random.bits() };
             let len = random.pick(&[1, 16, 512, 4096, 0x1_0000, u32::MAX]);
             let flags = random.below(8) as u16;
             descriptor[..8].copy_from_slice(&target.to_le_bytes());
@@ -266,7 +274,7 @@ fn random_register_accesses_from_several_threads_do_not_deadlock() {
                 for thread in 0..VCPUS as u64 {
                     let accesses = &accesses;
                     scope.spawn(move || {
-                        let mut random = Random::new(seed << 8 | thread + 1);
+                        let mut random = Random::new((seed << 8) | (thread + 1));
                         let started = Instant::now();
                         while started.elapsed() < Duration::from_millis(1500) {
                             access(&mut random, shared);

@@ -69,7 +69,9 @@ fn outcome(m: &Machine) -> (u64, [u64; 6], Vec<u64>, u64, u64) {
     let s: &CpuState = &m.cpu.state;
     let rsp = s.gpr.get(reg::RSP);
     let frame =
-        std::array::from_fn(|i| if rsp >= 0x8000 && rsp < 0x9000 { m.get64(rsp + 8 * i as u64) } else { 0 });
+        std::array::from_fn(
+            |i| if (0x8000..0x9000).contains(&rsp) { m.get64(rsp + 8 * i as u64) } else { 0 },
+        );
     (s.rip, frame, (0..16).map(|i| s.gpr.get(i)).collect(), s.cr2, s.rflags())
 }
 
