@@ -14,6 +14,9 @@
 //! - USER-2: only a machine with one vCPU. What KVM writes reaches decoded code of this vCPU, which is forgotten
 //!   after each stretch, but not that of others, which go on meanwhile. Others execute on the software CPU alone.
 //!
+//! UNSUPPORTED: a guest that has switched on AVX (XCR0) stays on the software CPU: such a KVM moves no upper halves of
+//! YMM registers in or out. A CPU model without AVX gives its ring 3 the processor's speed.
+//!
 //! DEVIATION: where ring 3 is on the processor, instructions that tell about the processor without faulting tell the
 //! host's truth, and nothing we are given can trap them: CPUID shows the host's leaves, RDPID, RDTSCP and LSL give
 //! the host's CPU number, LAR and LSL read the host's GDT, and instructions execute that the guest's CPUID or CR4 do
