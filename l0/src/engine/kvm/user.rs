@@ -5,7 +5,7 @@
 //! code in ring 3, in long stretches. It is entered with registers under which nothing can leave ring 3: an IDT and a
 //! GDT of limit zero, no SYSCALL, no SYSENTER, no TSS. Whatever the guest does other than compute then ends KVM_RUN
 //! (KVM_EXIT_SHUTDOWN) with the state as before the instruction, which the software CPU executes under the guest's
-//! own system registers.
+//! own system registers. INT3 and single-step are told apart (`is_trap`): they end it after the instruction.
 //!
 //! Only what ring 3 can change is taken back from KVM (`take_back`); the rest never was KVM's.
 //!
@@ -13,6 +13,9 @@
 //!   it derived from page tables. A processor need not see a page-table edit before an INVLPG, which is ring 0's.
 //! - USER-2: only a machine with one vCPU. What KVM writes reaches decoded code of this vCPU, which is forgotten
 //!   after each stretch, but not that of others, which go on meanwhile. Others execute on the software CPU alone.
+//!
+//! UNSUPPORTED: a guest that has switched on AVX (XCR0) stays on the software CPU: such a KVM moves no upper halves of
+//! YMM registers in or out. A CPU model without AVX gives its ring 3 the processor's speed.
 //!
 //! DEVIATION: where ring 3 is on the processor, instructions that tell about the processor without faulting tell the
 //! host's truth, and nothing we are given can trap them: CPUID shows the host's leaves, RDPID, RDTSCP and LSL give
@@ -28,9 +31,9 @@ use turtles_cpu::state::{CpuState, Seg, Segment, Shadow, TableRegister};
 use turtles_cpu::{Cpu, Exit};
 use x86defs::{cr0, cr4, dr, efer, rflags, segment, vector, xcr0};
 
+use super::GuestTsc;
 use super::tunables::{MOST_PATIENCE, PATIENCE, WORTH_IT};
 use super::vcpu::{Ended, KvmVcpu};
-use super::{GuestTsc, failed};
 use crate::engine::EngineError;
 
 /// Selectors of the host's own ring 3 (Linux for x86-64), which the guest's ring 3 then can read from CS and SS.
@@ -43,8 +46,10 @@ const CR4: u64 = cr4::PAE | cr4::OSFXSR | cr4::OSXMMEXCPT;
 const KERNELS_FLAGS: u64 = rflags::IF | rflags::IOPL | rflags::VM | rflags::VIF | rflags::VIP | rflags::RF;
 /// The guest's TSC may be off the host's by this fraction of a second: what reading the clocks may take.
 const TSC_TOLERANCE: u64 = 1000;
-/// Lengths of INT3 and of INT n.
 const INT3: u8 = 0xcc;
+/// INT n with the vector of INT3.
+const INT_3: [u8; 2] = [0xcd, 3];
+const INT1: u8 = 0xf1;
 
 /// How the share goes.
 pub(super) struct UserShare {
@@ -52,12 +57,11 @@ pub(super) struct UserShare {
     patience: u64,
     /// [`Cpu::mode_changes`] when the last stretch had ended, if KVM's shadow is of then.
     left_at: Option<u64>,
-    debugging: bool,
 }
 
 impl Default for UserShare {
     fn default() -> Self {
-        Self { patience: PATIENCE, left_at: None, debugging: false }
+        Self { patience: PATIENCE, left_at: None }
     }
 }
 
@@ -171,7 +175,6 @@ impl KvmVcpu {
         if self.user.left_at != Some(cpu.mode_changes()) {
             self.vm.drop_shadow_pages()?;
         }
-        self.report_traps()?;
         let before = cpu.state.clone();
         fence_in(&mut cpu.state);
         self.image.move_in(&mut self.fd, cpu, false)?;
@@ -179,16 +182,10 @@ impl KvmVcpu {
         let start = Instant::now();
         let ended = self.run_user(cpu);
         let took = start.elapsed();
-        let trap = match &ended {
-            Ok(Ended::Exit(kb::KVM_EXIT_DEBUG)) => self.trapped(),
-            _ => None,
-        };
-        let home = self.come_back(cpu, before);
+        let shut_down = matches!(ended, Ok(Ended::Exit(kb::KVM_EXIT_SHUTDOWN)));
+        let home = self.come_back(cpu, before, shut_down);
         ended?;
         home?;
-        if let Some(number) = trap {
-            redo_trap(cpu, number);
-        }
         self.stats.user_stretches += 1;
         self.stats.user_micros += u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
         self.user.patience = if took < WORTH_IT {
@@ -197,24 +194,6 @@ impl KvmVcpu {
             (self.user.patience / 2).max(PATIENCE)
         };
         Ok(())
-    }
-
-    /// Has traps (INT3, single-step) end KVM_RUN as such: a shutdown would not tell that they came after the
-    /// instruction.
-    fn report_traps(&mut self) -> Result<(), EngineError> {
-        if !std::mem::replace(&mut self.user.debugging, true) {
-            let control = kb::KVM_GUESTDBG_ENABLE | kb::KVM_GUESTDBG_USE_SW_BP | kb::KVM_GUESTDBG_USE_HW_BP;
-            let debug = kb::kvm_guest_debug { control, ..Default::default() };
-            self.fd.set_guest_debug(&debug).map_err(failed("asking to be told of traps"))?;
-        }
-        Ok(())
-    }
-
-    /// The vector of the trap that KVM_RUN ended with.
-    fn trapped(&mut self) -> Option<u8> {
-        // SAFETY: the exit reason says which part of the union KVM filled in.
-        let debug = unsafe { self.fd.get_kvm_run().__bindgen_anon_1.debug.arch };
-        u8::try_from(debug.exception).ok()
     }
 
     /// KVM_RUN until something happens that is not ring 3's own.
@@ -237,7 +216,7 @@ impl KvmVcpu {
     }
 
     /// Finishes what KVM has begun, and brings the state home.
-    fn come_back(&mut self, cpu: &mut Cpu, before: CpuState) -> Result<(), EngineError> {
+    fn come_back(&mut self, cpu: &mut Cpu, before: CpuState, shut_down: bool) -> Result<(), EngineError> {
         let mut first = true;
         while std::mem::take(&mut first) && self.registers_wait() || self.unfinished {
             self.set_immediate_exit(1);
@@ -245,33 +224,41 @@ impl KvmVcpu {
         }
         let moved = self.image.move_out(&self.fd, cpu, &Attention::default(), self.in_run_page);
         self.stats.moved_out += 1;
+        let trapped = is_trap(&cpu.state, shut_down);
         cpu.state = take_back(before, &cpu.state);
         cpu.forget_code();
         cpu.state_changed();
+        if trapped {
+            redo_trap(cpu);
+        }
         self.user.left_at = Some(cpu.mode_changes());
         moved
     }
 }
 
-/// A trap came after its instruction, and KVM has not delivered it.
-fn redo_trap(cpu: &mut Cpu, number: u8) {
-    let mut bytes = [0; 2];
+/// True if KVM stopped at an exception that came after its instruction: for a fault KVM sets RFLAGS.RF, or still has
+/// it to deliver.
+fn is_trap(kvm: &CpuState, shut_down: bool) -> bool {
+    match kvm.injected {
+        Some(event) => matches!(event.vector, vector::DB | vector::BP | vector::OF),
+        None => shut_down && !kvm.system_flag(rflags::RF),
+    }
+}
+
+/// A trap (INT3, single-step) came after its instruction, and KVM has not delivered it.
+fn redo_trap(cpu: &mut Cpu) {
     let rip = cpu.state.rip;
-    match number {
-        vector::BP => {
-            // INT3, or INT n with 3, before or at RIP: the software CPU executes it again.
-            let known = cpu.peek(rip.wrapping_sub(2), &mut bytes);
-            let mut here = [0; 1];
-            let at_it = cpu.peek(rip, &mut here) == 1 && here[0] == INT3;
-            if known == 2 && bytes == [0xcd, 3] {
-                cpu.state.rip = rip.wrapping_sub(2);
-            } else if known == 2 && bytes[1] == INT3 && !at_it {
-                cpu.state.rip = rip.wrapping_sub(1);
-            }
-        }
+    let mut bytes = [0; 3];
+    let known = cpu.peek(rip.wrapping_sub(2), &mut bytes);
+    if cpu.state.system_flag(rflags::TF) {
         // POPF has set TF, and one instruction has been executed since.
-        vector::DB if cpu.state.system_flag(rflags::TF) => cpu.state.pending_debug |= dr::DR6_BS,
-        _ => {}
+        cpu.state.pending_debug |= dr::DR6_BS;
+    } else if known == 3 && bytes[2] == INT1 {
+        // KVM leaves RIP at INT1.
+    } else if known >= 2 && bytes[1] == INT3 {
+        cpu.state.rip = rip.wrapping_sub(1);
+    } else if known >= 2 && bytes[..2] == INT_3 {
+        cpu.state.rip = rip.wrapping_sub(2);
     }
     cpu.state_changed();
 }
