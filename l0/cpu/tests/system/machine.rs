@@ -275,13 +275,25 @@ impl Machine {
     /// Executes `n` instructions.
     pub fn steps(&mut self, n: usize) {
         for _ in 0..n {
-            assert_eq!(self.cpu.step(), Exit::Budget);
+            assert_eq!(self.complete_one(), Exit::Budget);
         }
     }
 
     /// Executes what faults or is interrupted: the handler's first instruction is then the one executed.
     pub fn step_into_handler(&mut self) {
-        let _ = self.cpu.step();
+        let _ = self.complete_one();
+    }
+
+    /// Steps until one more instruction is complete; a delivery counts as a step of its own.
+    fn complete_one(&mut self) -> Exit {
+        let goal = self.cpu.state.instructions + 1;
+        for _ in 0..4 {
+            let exit = self.cpu.step();
+            if self.cpu.state.instructions >= goal || exit != Exit::Budget {
+                return exit;
+            }
+        }
+        panic!("no instruction completed at {:#x}", self.cpu.state.rip);
     }
 
     /// Runs until a handler halts; which vector it is.
