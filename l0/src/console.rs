@@ -3,10 +3,11 @@
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
-use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use crate::devices::{MachineControl, MachineEvent};
 use crate::vcpu_signal::lock;
@@ -14,56 +15,112 @@ use crate::vcpu_signal::lock;
 /// Ctrl-A, which starts a command to us.
 const ESCAPE: u8 = 1;
 
+/// Output that may wait for a slow sink.
+const BACKLOG: usize = 1 << 20;
+/// How long a guest waits for a sink that takes nothing; then its output is dropped until the sink moves again.
+const PATIENCE: Duration = Duration::from_millis(100);
+
 /// Writes on a thread of its own, so that a slow terminal does not stop a vCPU; many bytes go out in one write.
+///
+/// What waits is bounded: a guest that prints faster than its sink reads is slowed down to the sink's speed, and
+/// never stopped by a sink that reads nothing.
 pub struct Output {
-    sender: Option<Sender<u8>>,
-    thread: Option<JoinHandle<()>>,
+    queue: Arc<Queue>,
+    thread: Option<JoinHandle<Option<io::Error>>>,
+}
+
+#[derive(Default)]
+struct Queue {
+    waiting: Mutex<Waiting>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct Waiting {
+    bytes: Vec<u8>,
+    /// No more will come.
+    closed: bool,
+    /// The sink took nothing for [`PATIENCE`].
+    stuck: bool,
 }
 
 impl Output {
     /// Starts the thread that writes to `sink`.
     pub fn new(sink: Box<dyn Write + Send>) -> io::Result<Self> {
-        let (sender, receiver) = channel();
-        let thread =
-            std::thread::Builder::new().name("console".into()).spawn(move || drain(&receiver, sink))?;
-        Ok(Self { sender: Some(sender), thread: Some(thread) })
+        let queue = Arc::new(Queue::default());
+        let from = Arc::clone(&queue);
+        let thread = std::thread::Builder::new().name("console".into()).spawn(move || from.drain_to(sink))?;
+        Ok(Self { queue, thread: Some(thread) })
     }
 
     /// The device's end.
     pub fn writer(&self) -> Box<dyn Write + Send> {
-        Box::new(OutputWriter { sender: self.sender.clone() })
+        Box::new(OutputWriter(Arc::clone(&self.queue)))
+    }
+
+    /// Waits until everything is written; the first error that the sink gave, if it gave one. A reader that went away
+    /// is none.
+    pub fn finish(mut self) -> Option<io::Error> {
+        self.close()
+    }
+
+    fn close(&mut self) -> Option<io::Error> {
+        lock(&self.queue.waiting).closed = true;
+        self.queue.changed.notify_all();
+        let error = self.thread.take()?.join().ok()?;
+        error.filter(|e| e.kind() != io::ErrorKind::BrokenPipe)
     }
 }
 
 impl Drop for Output {
-    /// Waits until everything is written. The devices must be gone (their writers hold the other end).
     fn drop(&mut self) {
-        self.sender = None;
-        if let Some(thread) = self.thread.take() {
-            drop(thread.join());
+        drop(self.close());
+    }
+}
+
+impl Queue {
+    fn drain_to(&self, mut sink: Box<dyn Write + Send>) -> Option<io::Error> {
+        let mut failed = None;
+        loop {
+            let mut waiting = lock(&self.waiting);
+            while waiting.bytes.is_empty() && !waiting.closed {
+                waiting = self.changed.wait(waiting).unwrap_or_else(PoisonError::into_inner);
+            }
+            let bytes = std::mem::take(&mut waiting.bytes);
+            waiting.stuck = false;
+            drop(waiting);
+            self.changed.notify_all();
+            if bytes.is_empty() {
+                return failed;
+            }
+            // A sink that fails (a closed pipe, a full disk) is no reason to stop the guest.
+            if failed.is_none() {
+                failed = sink.write_all(&bytes).and_then(|()| sink.flush()).err();
+            }
         }
     }
-}
 
-fn drain(receiver: &Receiver<u8>, mut sink: Box<dyn Write + Send>) {
-    while let Ok(first) = receiver.recv() {
-        let mut bytes = vec![first];
-        bytes.extend(receiver.try_iter().take(4096));
-        // A console that went away (closed pipe) is no reason to stop the guest.
-        drop(sink.write_all(&bytes).and_then(|()| sink.flush()));
+    /// Waits for room; false if none came.
+    fn make_room<'a>(&'a self, waiting: MutexGuard<'a, Waiting>) -> (MutexGuard<'a, Waiting>, bool) {
+        let full = |waiting: &mut Waiting| waiting.bytes.len() >= BACKLOG && !waiting.closed;
+        let patience = if waiting.stuck { Duration::ZERO } else { PATIENCE };
+        let (mut waiting, late) =
+            self.changed.wait_timeout_while(waiting, patience, full).unwrap_or_else(PoisonError::into_inner);
+        waiting.stuck |= late.timed_out();
+        let room = waiting.bytes.len() < BACKLOG;
+        (waiting, room)
     }
 }
 
-struct OutputWriter {
-    sender: Option<Sender<u8>>,
-}
+struct OutputWriter(Arc<Queue>);
 
 impl Write for OutputWriter {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        if let Some(sender) = &self.sender {
-            for &byte in bytes {
-                let _ = sender.send(byte);
-            }
+        let (mut waiting, room) = self.0.make_room(lock(&self.0.waiting));
+        if room {
+            waiting.bytes.extend_from_slice(bytes);
+            drop(waiting);
+            self.0.changed.notify_all();
         }
         Ok(bytes.len())
     }
@@ -172,32 +229,172 @@ fn feed(mut bytes: &[u8], sink: &InputSink) {
     }
 }
 
-/// Opens a pseudo-terminal; returns our end and the other end's name.
-pub fn open_pty() -> io::Result<(File, String)> {
-    let check = |code: libc::c_int| if code == 0 { Ok(()) } else { Err(io::Error::last_os_error()) };
-    // SAFETY: posix_openpt returns a new descriptor or -1; the others take that descriptor; ptsname_r writes at most
-    // the given length, with a terminating zero.
-    unsafe {
-        let fd = libc::posix_openpt(libc::O_RDWR | libc::O_NOCTTY | libc::O_CLOEXEC);
-        if fd < 0 {
-            return Err(io::Error::last_os_error());
+/// Our end of a pseudo-terminal. Output is dropped while nobody has the other end open.
+pub struct Pty(File);
+
+/// How long a terminal program may take to read on before output to it is dropped.
+const PTY_PATIENCE_MS: libc::c_int = 5000;
+
+impl Pty {
+    /// Opens one; returns our end and the other end's name.
+    pub fn open() -> io::Result<(Self, String)> {
+        let check = |code: libc::c_int| if code == 0 { Ok(()) } else { Err(io::Error::last_os_error()) };
+        // SAFETY: posix_openpt returns a new descriptor or -1; the others take that descriptor; ptsname_r writes at
+        // most the given length, with a terminating zero; `termios` is plain data that tcgetattr fills.
+        unsafe {
+            let flags = libc::O_RDWR | libc::O_NOCTTY | libc::O_CLOEXEC | libc::O_NONBLOCK;
+            let fd = libc::posix_openpt(flags);
+            if fd < 0 {
+                return Err(io::Error::last_os_error());
+            }
+            let file = File::from(OwnedFd::from_raw_fd(fd));
+            check(libc::grantpt(fd))?;
+            check(libc::unlockpt(fd))?;
+            let mut name = [0u8; 128];
+            check(libc::ptsname_r(fd, name.as_mut_ptr().cast(), name.len()))?;
+            let len = name.iter().position(|&b| b == 0).unwrap_or(0);
+            let name = String::from_utf8_lossy(&name[..len]).into_owned();
+            let mut mode: libc::termios = std::mem::zeroed();
+            if libc::tcgetattr(fd, &mut mode) == 0 {
+                libc::cfmakeraw(&mut mode);
+                libc::tcsetattr(fd, libc::TCSANOW, &mode);
+            }
+            // Only an end that was closed again shows as closed; one that was never open looks like a slow one.
+            drop(File::options().read(true).write(true).custom_flags(libc::O_NOCTTY).open(&name));
+            Ok((Self(file), name))
         }
-        let file = File::from(OwnedFd::from_raw_fd(fd));
-        check(libc::grantpt(fd))?;
-        check(libc::unlockpt(fd))?;
-        let mut name = [0u8; 128];
-        check(libc::ptsname_r(fd, name.as_mut_ptr().cast(), name.len()))?;
-        let len = name.iter().position(|&b| b == 0).unwrap_or(0);
-        let mut mode: libc::termios = std::mem::zeroed();
-        if libc::tcgetattr(file.as_raw_fd(), &mut mode) == 0 {
-            libc::cfmakeraw(&mut mode);
-            libc::tcsetattr(file.as_raw_fd(), libc::TCSANOW, &mode);
+    }
+
+    /// The same end once more, for input.
+    pub fn try_clone(&self) -> io::Result<Self> {
+        self.0.try_clone().map(Self)
+    }
+
+    /// What the kernel says of the terminal: ready, hung up, or neither in time.
+    fn poll(&self, events: libc::c_short, timeout_ms: libc::c_int) -> libc::c_short {
+        let mut poll = libc::pollfd { fd: self.0.as_raw_fd(), events, revents: 0 };
+        // SAFETY: one pollfd, valid through the call.
+        match unsafe { libc::poll(&raw mut poll, 1, timeout_ms) } {
+            1 => poll.revents,
+            _ => 0,
         }
-        Ok((file, String::from_utf8_lossy(&name[..len]).into_owned()))
     }
 }
 
-/// Opens the file that `--serial file=` names.
-pub fn open_file(path: &Path) -> io::Result<File> {
+impl Write for Pty {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let state = self.poll(libc::POLLOUT, PTY_PATIENCE_MS);
+        if state & libc::POLLHUP != 0 || state & libc::POLLOUT == 0 {
+            return Ok(bytes.len());
+        }
+        match self.0.write(bytes) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Err(io::ErrorKind::Interrupted.into()),
+            other => other,
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Read for Pty {
+    /// Waits for input, also through times when nobody has the other end open.
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        loop {
+            let state = self.poll(libc::POLLIN, -1);
+            if state & libc::POLLIN == 0 {
+                std::thread::sleep(Duration::from_millis(50));
+                continue;
+            }
+            match self.0.read(buffer) {
+                Ok(0) => {}
+                Err(error) if matches!(error.raw_os_error(), Some(libc::EIO | libc::EAGAIN)) => {}
+                other => return other,
+            }
+        }
+    }
+}
+
+/// Opens the file that `--serial file=` names, unless it is one of `images`: those would be lost.
+pub fn open_file<'a>(path: &Path, images: impl Iterator<Item = &'a Path>) -> io::Result<File> {
+    let place = |path: &Path| std::fs::metadata(path).ok().map(|m| (m.dev(), m.ino()));
+    if let Some(here) = place(path) {
+        for image in images {
+            if place(image) == Some(here) {
+                let what = format!("it is the same file as {}, which would be overwritten", image.display());
+                return Err(io::Error::other(what));
+            }
+        }
+    }
     File::create(path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Takes nothing until told.
+    struct Gate(Arc<Mutex<()>>, Capture);
+
+    impl Write for Gate {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            let _open = lock(&self.0);
+            self.1.write(bytes)
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn everything_written_arrives_in_order() {
+        let capture = Capture::default();
+        let output = Output::new(Box::new(capture.clone())).expect("a thread");
+        let mut writer = output.writer();
+        let expected: String = (0..5000).map(|i| format!("line {i}\n")).collect();
+        for byte in expected.bytes() {
+            writer.write_all(&[byte]).expect("never fails");
+        }
+        assert!(output.finish().is_none());
+        assert_eq!(capture.text(), expected);
+    }
+
+    #[test]
+    fn a_sink_that_reads_nothing_neither_stops_the_guest_nor_fills_the_host() {
+        let gate = Arc::new(Mutex::new(()));
+        let capture = Capture::default();
+        let output = Output::new(Box::new(Gate(Arc::clone(&gate), capture.clone()))).expect("a thread");
+        let mut writer = output.writer();
+        let closed = lock(&gate);
+        for _ in 0..64 {
+            writer.write_all(&[b'x'; 65536]).expect("never fails");
+        }
+        assert!(lock(&output.queue.waiting).bytes.len() < BACKLOG + 65536);
+        drop(closed);
+        assert!(output.finish().is_none());
+        assert!(capture.text().len() >= BACKLOG);
+    }
+
+    #[test]
+    fn a_pty_that_nobody_opened_takes_any_amount() {
+        let (mut pty, name) = Pty::open().expect("a pseudo-terminal");
+        assert!(name.starts_with("/dev/pts/"));
+        pty.write_all(&[b'x'; 100_000]).expect("dropped");
+    }
+
+    #[test]
+    fn a_pty_can_be_left_and_opened_again() {
+        let (mut pty, name) = Pty::open().expect("a pseudo-terminal");
+        let mut buffer = [0; 16];
+        for word in [b"one\n", b"two\n"] {
+            let mut other = File::options().read(true).write(true).open(&name).expect("its other end");
+            other.write_all(word).expect("room");
+            assert_eq!(pty.read(&mut buffer).expect("a word"), 4);
+            assert_eq!(&buffer[..4], word);
+            pty.write_all(b"pong").expect("somebody is there");
+            assert_eq!(other.read(&mut buffer).expect("an answer"), 4);
+        }
+    }
 }
