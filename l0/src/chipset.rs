@@ -75,9 +75,9 @@ impl Chipset {
 
         let (base, size) = acpi::pci_mmio64(&ram.ranges);
         let irqs = Arc::clone(&irqchip) as Arc<dyn IrqRouter>;
-        let pci = PciHost::new(&ports, &mmio, irqs, control, base..base + size)?;
+        let pci = PciHost::new(&ports, &mmio, irqs, Arc::clone(&control), base..base + size)?;
         let mut chipset = Self { ports, mmio, irqchip, uart, pci: None };
-        chipset.add_devices(config, ram, &pci, &observer)?;
+        chipset.add_devices(config, ram, &pci, &observer, &control)?;
         chipset.pci = Some(pci);
         Ok(chipset)
     }
@@ -88,11 +88,13 @@ impl Chipset {
         ram: &Ram,
         pci: &PciHost,
         observer: &Arc<dyn DmaObserver>,
+        control: &Arc<dyn MachineControl>,
     ) -> Result<(), RunError> {
         let mut devices: Vec<Box<dyn VirtioDevice>> = Vec::new();
         for (i, disk) in config.disks.iter().enumerate() {
             let access = if disk.read_only { Access::ReadOnly } else { Access::ReadWrite };
-            devices.push(Box::new(Block::open(&disk.path, access, &format!("turtles-disk{i}"))?));
+            let block = Block::open(&disk.path, access, &format!("turtles-disk{i}"))?;
+            devices.push(Box::new(block.stopping(Arc::clone(control))));
         }
         for net in &config.nets {
             devices.push(Box::new(Net::new(Tap::open(&net.tap)?, None)));

@@ -1,7 +1,7 @@
 //! What a machine is made of, checked: the command line's words turned into values, each with an error that says
 //! what to write instead.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use crate::clock::ClockSource;
@@ -61,6 +61,17 @@ impl MachineConfig {
             rng: false,
             balloon: false,
         }
+    }
+
+    /// Every file that the guest is made of.
+    pub fn files(&self) -> impl Iterator<Item = &Path> {
+        let kernel = match &self.kernel {
+            KernelSource::File(path) => Some(path.as_path()),
+            KernelSource::Embedded(_) => None,
+        };
+        let modules = self.modules.iter().map(|module| module.path.as_path());
+        let disks = self.disks.iter().map(|disk| disk.path.as_path());
+        kernel.into_iter().chain(self.initrd.as_deref()).chain(modules).chain(disks)
     }
 }
 

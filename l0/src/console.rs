@@ -1,14 +1,13 @@
 //! The person's side of COM1: where its output goes, and where its input comes from.
 
-use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
-use std::sync::mpsc::{Receiver, SendError, SyncSender, TrySendError, sync_channel};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use crate::devices::{MachineControl, MachineEvent};
 use crate::vcpu_signal::lock;
@@ -16,33 +15,32 @@ use crate::vcpu_signal::lock;
 /// Ctrl-A, which starts a command to us.
 const ESCAPE: u8 = 1;
 
-/// Bytes that wait for the sink at most: what a guest prints while nobody reads must not grow without end.
-const MOST_WAITING: usize = 4 << 20;
-/// How long a vCPU waits for a sink that takes nothing; after that, what the guest prints is lost.
-const PATIENCE: Duration = Duration::from_secs(5);
+/// Output that may wait for a slow sink.
+const BACKLOG: usize = 1 << 20;
+/// How long a guest waits for a sink that takes nothing; then its output is dropped until the sink moves again.
+const PATIENCE: Duration = Duration::from_millis(100);
 
 /// Writes on a thread of its own, so that a slow terminal does not stop a vCPU; many bytes go out in one write.
 ///
-/// A sink that is slower than the guest in the long run does stop it, as a serial line with flow control would; one
-/// that takes nothing at all (a pipe nobody reads) loses output, so that nothing the guest prints can hang the machine
-/// or fill the host's memory.
+/// What waits is bounded: a guest that prints faster than its sink reads is slowed down to the sink's speed, and
+/// never stopped by a sink that reads nothing.
 pub struct Output {
     queue: Arc<Queue>,
-    thread: Option<JoinHandle<()>>,
+    thread: Option<JoinHandle<Option<io::Error>>>,
 }
 
 #[derive(Default)]
 struct Queue {
-    state: Mutex<Waiting>,
+    waiting: Mutex<Waiting>,
     changed: Condvar,
 }
 
 #[derive(Default)]
 struct Waiting {
-    bytes: VecDeque<u8>,
-    /// Nothing more will come.
+    bytes: Vec<u8>,
+    /// No more will come.
     closed: bool,
-    /// The sink took nothing for too long; true until it takes something again.
+    /// The sink took nothing for [`PATIENCE`].
     stuck: bool,
 }
 
@@ -50,85 +48,81 @@ impl Output {
     /// Starts the thread that writes to `sink`.
     pub fn new(sink: Box<dyn Write + Send>) -> io::Result<Self> {
         let queue = Arc::new(Queue::default());
-        let body = Arc::clone(&queue);
-        let thread = std::thread::Builder::new().name("console".into()).spawn(move || body.drain(sink))?;
+        let from = Arc::clone(&queue);
+        let thread = std::thread::Builder::new().name("console".into()).spawn(move || from.drain_to(sink))?;
         Ok(Self { queue, thread: Some(thread) })
     }
 
     /// The device's end.
     pub fn writer(&self) -> Box<dyn Write + Send> {
-        Box::new(OutputWriter { queue: Arc::clone(&self.queue), patience: PATIENCE })
+        Box::new(OutputWriter(Arc::clone(&self.queue)))
+    }
+
+    /// Waits until everything is written; the first error that the sink gave, if it gave one. A reader that went away
+    /// is none.
+    pub fn finish(mut self) -> Option<io::Error> {
+        self.close()
+    }
+
+    fn close(&mut self) -> Option<io::Error> {
+        lock(&self.queue.waiting).closed = true;
+        self.queue.changed.notify_all();
+        let error = self.thread.take()?.join().ok()?;
+        error.filter(|e| e.kind() != io::ErrorKind::BrokenPipe)
     }
 }
 
 impl Drop for Output {
-    /// Waits until everything is written. What devices write afterwards is lost.
     fn drop(&mut self) {
-        lock(&self.queue.state).closed = true;
-        self.queue.changed.notify_all();
-        if let Some(thread) = self.thread.take() {
-            drop(thread.join());
-        }
+        drop(self.close());
     }
 }
 
 impl Queue {
-    fn drain(&self, mut sink: Box<dyn Write + Send>) {
+    fn drain_to(&self, mut sink: Box<dyn Write + Send>) -> Option<io::Error> {
+        let mut failed = None;
         loop {
-            let mut state = lock(&self.state);
-            while state.bytes.is_empty() && !state.closed {
-                state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+            let mut waiting = lock(&self.waiting);
+            while waiting.bytes.is_empty() && !waiting.closed {
+                waiting = self.changed.wait(waiting).unwrap_or_else(PoisonError::into_inner);
             }
-            if state.bytes.is_empty() {
-                return;
-            }
-            let count = state.bytes.len().min(4096);
-            let piece: Vec<u8> = state.bytes.drain(..count).collect();
-            drop(state);
-            // A console that went away (closed pipe) is no reason to stop the guest.
-            drop(sink.write_all(&piece).and_then(|()| sink.flush()));
-            lock(&self.state).stuck = false;
+            let bytes = std::mem::take(&mut waiting.bytes);
+            waiting.stuck = false;
+            drop(waiting);
             self.changed.notify_all();
+            if bytes.is_empty() {
+                return failed;
+            }
+            // A sink that fails (a closed pipe, a full disk) is no reason to stop the guest.
+            if failed.is_none() {
+                failed = sink.write_all(&bytes).and_then(|()| sink.flush()).err();
+            }
         }
     }
 
-    fn push(&self, bytes: &[u8], patience: Duration) {
-        let mut state = lock(&self.state);
-        let mut since = Instant::now();
-        let mut waiting = state.bytes.len();
-        while state.bytes.len() + bytes.len() > MOST_WAITING && !state.closed {
-            if state.stuck {
-                return;
-            }
-            let left = patience.saturating_sub(since.elapsed());
-            if left.is_zero() {
-                log::warn!("nobody reads the guest's serial port: its output is lost");
-                state.stuck = true;
-                return;
-            }
-            state = self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
-            if state.bytes.len() < waiting {
-                (since, waiting) = (Instant::now(), state.bytes.len());
-            }
-        }
-        if !state.closed {
-            state.bytes.extend(bytes);
-            drop(state);
-            self.changed.notify_all();
-        }
+    /// Waits for room; false if none came.
+    fn make_room<'a>(&'a self, waiting: MutexGuard<'a, Waiting>) -> (MutexGuard<'a, Waiting>, bool) {
+        let full = |waiting: &mut Waiting| waiting.bytes.len() >= BACKLOG && !waiting.closed;
+        let patience = if waiting.stuck { Duration::ZERO } else { PATIENCE };
+        let (mut waiting, late) =
+            self.changed.wait_timeout_while(waiting, patience, full).unwrap_or_else(PoisonError::into_inner);
+        waiting.stuck |= late.timed_out();
+        let room = waiting.bytes.len() < BACKLOG;
+        (waiting, room)
     }
 }
 
-struct OutputWriter {
-    queue: Arc<Queue>,
-    patience: Duration,
-}
+struct OutputWriter(Arc<Queue>);
 
 impl Write for OutputWriter {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let piece = &bytes[..bytes.len().min(MOST_WAITING)];
-        self.queue.push(piece, self.patience);
-        Ok(piece.len())
+        let (mut waiting, room) = self.0.make_room(lock(&self.0.waiting));
+        if room {
+            waiting.bytes.extend_from_slice(bytes);
+            drop(waiting);
+            self.0.changed.notify_all();
+        }
+        Ok(bytes.len())
     }
 
     fn flush(&mut self) -> io::Result<()> {
@@ -193,25 +187,16 @@ impl Drop for RawTerminal {
 /// Where input goes: takes bytes, returns how many it had room for.
 pub type InputSink = Arc<dyn Fn(&[u8]) -> usize + Send + Sync>;
 
-/// Pieces of input (each at most [`READ_SIZE`] bytes) that wait for the guest to take them.
-const MOST_INPUT: usize = 256;
-const READ_SIZE: usize = 256;
-
-/// Reads `source` and feeds the guest; with `escapes` Ctrl-A x ends the run, Ctrl-A Ctrl-A sends Ctrl-A.
-///
-/// Reading and feeding have a thread each: a guest that takes no input must not keep Ctrl-A x from being read. What
-/// is typed at such a guest is lost once enough of it waits; without escapes the source waits for ever instead.
+/// Reads `source` on a thread and feeds the guest; Ctrl-A x ends the run, Ctrl-A Ctrl-A sends Ctrl-A.
 pub fn start_input(
     mut source: Box<dyn Read + Send>,
     escapes: bool,
     sink: InputSink,
     control: Arc<dyn MachineControl>,
 ) -> io::Result<()> {
-    let (sender, receiver) = sync_channel(MOST_INPUT);
-    let mut sender = Typed { sender, stuck: false };
     let body = move || {
         let mut escaped = false;
-        let mut buffer = [0; READ_SIZE];
+        let mut buffer = [0; 256];
         while let Ok(n @ 1..) = source.read(&mut buffer) {
             let mut bytes = Vec::with_capacity(n);
             for &byte in &buffer[..n] {
@@ -227,158 +212,189 @@ pub fn start_input(
                     }
                 }
             }
-            if sender.send(bytes, if escapes { Some(PATIENCE) } else { None }).is_err() {
-                return;
-            }
+            feed(&bytes, &sink);
         }
     };
-    std::thread::Builder::new().name("input".into()).spawn(body)?;
-    std::thread::Builder::new().name("keyboard".into()).spawn(move || feed(&receiver, &sink)).map(drop)
-}
-
-/// The reader's end of what waits for the guest.
-struct Typed {
-    sender: SyncSender<Vec<u8>>,
-    /// The guest took nothing for too long; true until there is room again.
-    stuck: bool,
-}
-
-impl Typed {
-    /// Waits for room as long as `patience` says (for ever without); then the input is lost. An error says that
-    /// nobody is there to take it.
-    fn send(&mut self, piece: Vec<u8>, patience: Option<Duration>) -> Result<(), SendError<Vec<u8>>> {
-        let Some(patience) = patience else { return self.sender.send(piece) };
-        let (since, mut piece) = (Instant::now(), piece);
-        loop {
-            piece = match self.sender.try_send(piece) {
-                Err(TrySendError::Full(piece)) => piece,
-                Err(TrySendError::Disconnected(piece)) => return Err(SendError(piece)),
-                Ok(()) => {
-                    self.stuck = false;
-                    return Ok(());
-                }
-            };
-            if self.stuck || since.elapsed() >= patience {
-                self.stuck = true;
-                return Ok(());
-            }
-            std::thread::sleep(Duration::from_millis(2));
-        }
-    }
+    std::thread::Builder::new().name("input".into()).spawn(body).map(drop)
 }
 
 /// Hands over all bytes, waiting while the guest has no room for more.
-fn feed(receiver: &Receiver<Vec<u8>>, sink: &InputSink) {
-    while let Ok(piece) = receiver.recv() {
-        let mut bytes = &piece[..];
-        while !bytes.is_empty() {
-            let taken = sink(bytes).min(bytes.len());
-            bytes = &bytes[taken..];
-            if !bytes.is_empty() {
-                std::thread::sleep(Duration::from_millis(2));
+fn feed(mut bytes: &[u8], sink: &InputSink) {
+    while !bytes.is_empty() {
+        let taken = sink(bytes).min(bytes.len());
+        bytes = &bytes[taken..];
+        if !bytes.is_empty() {
+            std::thread::sleep(std::time::Duration::from_millis(2));
+        }
+    }
+}
+
+/// Our end of a pseudo-terminal. Output is dropped while nobody has the other end open.
+pub struct Pty(File);
+
+/// How long a terminal program may take to read on before output to it is dropped.
+const PTY_PATIENCE_MS: libc::c_int = 5000;
+
+impl Pty {
+    /// Opens one; returns our end and the other end's name.
+    pub fn open() -> io::Result<(Self, String)> {
+        let check = |code: libc::c_int| if code == 0 { Ok(()) } else { Err(io::Error::last_os_error()) };
+        // SAFETY: posix_openpt returns a new descriptor or -1; the others take that descriptor; ptsname_r writes at
+        // most the given length, with a terminating zero; `termios` is plain data that tcgetattr fills.
+        unsafe {
+            let flags = libc::O_RDWR | libc::O_NOCTTY | libc::O_CLOEXEC | libc::O_NONBLOCK;
+            let fd = libc::posix_openpt(flags);
+            if fd < 0 {
+                return Err(io::Error::last_os_error());
+            }
+            let file = File::from(OwnedFd::from_raw_fd(fd));
+            check(libc::grantpt(fd))?;
+            check(libc::unlockpt(fd))?;
+            let mut name = [0u8; 128];
+            check(libc::ptsname_r(fd, name.as_mut_ptr().cast(), name.len()))?;
+            let len = name.iter().position(|&b| b == 0).unwrap_or(0);
+            let name = String::from_utf8_lossy(&name[..len]).into_owned();
+            let mut mode: libc::termios = std::mem::zeroed();
+            if libc::tcgetattr(fd, &mut mode) == 0 {
+                libc::cfmakeraw(&mut mode);
+                libc::tcsetattr(fd, libc::TCSANOW, &mode);
+            }
+            // Only an end that was closed again shows as closed; one that was never open looks like a slow one.
+            drop(File::options().read(true).write(true).custom_flags(libc::O_NOCTTY).open(&name));
+            Ok((Self(file), name))
+        }
+    }
+
+    /// The same end once more, for input.
+    pub fn try_clone(&self) -> io::Result<Self> {
+        self.0.try_clone().map(Self)
+    }
+
+    /// What the kernel says of the terminal: ready, hung up, or neither in time.
+    fn poll(&self, events: libc::c_short, timeout_ms: libc::c_int) -> libc::c_short {
+        let mut poll = libc::pollfd { fd: self.0.as_raw_fd(), events, revents: 0 };
+        // SAFETY: one pollfd, valid through the call.
+        match unsafe { libc::poll(&raw mut poll, 1, timeout_ms) } {
+            1 => poll.revents,
+            _ => 0,
+        }
+    }
+}
+
+impl Write for Pty {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let state = self.poll(libc::POLLOUT, PTY_PATIENCE_MS);
+        if state & libc::POLLHUP != 0 || state & libc::POLLOUT == 0 {
+            return Ok(bytes.len());
+        }
+        match self.0.write(bytes) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Err(io::ErrorKind::Interrupted.into()),
+            other => other,
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Read for Pty {
+    /// Waits for input, also through times when nobody has the other end open.
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        loop {
+            let state = self.poll(libc::POLLIN, -1);
+            if state & libc::POLLIN == 0 {
+                std::thread::sleep(Duration::from_millis(50));
+                continue;
+            }
+            match self.0.read(buffer) {
+                Ok(0) => {}
+                Err(error) if matches!(error.raw_os_error(), Some(libc::EIO | libc::EAGAIN)) => {}
+                other => return other,
             }
         }
     }
 }
 
-/// Opens a pseudo-terminal; returns our end and the other end's name.
-pub fn open_pty() -> io::Result<(File, String)> {
-    let check = |code: libc::c_int| if code == 0 { Ok(()) } else { Err(io::Error::last_os_error()) };
-    // SAFETY: posix_openpt returns a new descriptor or -1; the others take that descriptor; ptsname_r writes at most
-    // the given length, with a terminating zero.
-    unsafe {
-        let fd = libc::posix_openpt(libc::O_RDWR | libc::O_NOCTTY | libc::O_CLOEXEC);
-        if fd < 0 {
-            return Err(io::Error::last_os_error());
+/// Opens the file that `--serial file=` names, unless it is one of `images`: those would be lost.
+pub fn open_file<'a>(path: &Path, images: impl Iterator<Item = &'a Path>) -> io::Result<File> {
+    let place = |path: &Path| std::fs::metadata(path).ok().map(|m| (m.dev(), m.ino()));
+    if let Some(here) = place(path) {
+        for image in images {
+            if place(image) == Some(here) {
+                let what = format!("it is the same file as {}, which would be overwritten", image.display());
+                return Err(io::Error::other(what));
+            }
         }
-        let file = File::from(OwnedFd::from_raw_fd(fd));
-        check(libc::grantpt(fd))?;
-        check(libc::unlockpt(fd))?;
-        let mut name = [0u8; 128];
-        check(libc::ptsname_r(fd, name.as_mut_ptr().cast(), name.len()))?;
-        let len = name.iter().position(|&b| b == 0).unwrap_or(0);
-        let mut mode: libc::termios = std::mem::zeroed();
-        if libc::tcgetattr(file.as_raw_fd(), &mut mode) == 0 {
-            libc::cfmakeraw(&mut mode);
-            libc::tcsetattr(file.as_raw_fd(), libc::TCSANOW, &mode);
-        }
-        Ok((file, String::from_utf8_lossy(&name[..len]).into_owned()))
     }
-}
-
-/// Opens the file that `--serial file=` names.
-pub fn open_file(path: &Path) -> io::Result<File> {
     File::create(path)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::sync::mpsc;
 
-    /// A sink that takes nothing until it is told to.
-    struct Stuck(mpsc::Receiver<()>, Capture);
+    /// Takes nothing until told.
+    struct Gate(Arc<Mutex<()>>, Capture);
 
-    impl Write for Stuck {
+    impl Write for Gate {
         fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-            let _ = self.0.recv();
+            let _open = lock(&self.0);
             self.1.write(bytes)
         }
+
         fn flush(&mut self) -> io::Result<()> {
             Ok(())
         }
     }
 
     #[test]
-    fn output_comes_out_whole_and_in_order() {
+    fn everything_written_arrives_in_order() {
         let capture = Capture::default();
-        let output = Output::new(Box::new(capture.clone())).unwrap();
+        let output = Output::new(Box::new(capture.clone())).expect("a thread");
         let mut writer = output.writer();
-        let text: String = (0..20_000).map(|n| format!("{n}\n")).collect();
-        writer.write_all(text.as_bytes()).unwrap();
-        drop(output);
-        assert_eq!(capture.text(), text);
+        let expected: String = (0..5000).map(|i| format!("line {i}\n")).collect();
+        for byte in expected.bytes() {
+            writer.write_all(&[byte]).expect("never fails");
+        }
+        assert!(output.finish().is_none());
+        assert_eq!(capture.text(), expected);
     }
 
     #[test]
-    fn a_sink_that_takes_nothing_costs_neither_memory_nor_the_guest_s_time() {
+    fn a_sink_that_reads_nothing_neither_stops_the_guest_nor_fills_the_host() {
+        let gate = Arc::new(Mutex::new(()));
         let capture = Capture::default();
-        let (go, stuck) = mpsc::channel();
-        let output = Output::new(Box::new(Stuck(stuck, capture.clone()))).unwrap();
-        let mut writer =
-            OutputWriter { queue: Arc::clone(&output.queue), patience: Duration::from_millis(50) };
-        let started = Instant::now();
-        for _ in 0..4 * MOST_WAITING / 4096 {
-            writer.write_all(&[b'x'; 4096]).unwrap();
+        let output = Output::new(Box::new(Gate(Arc::clone(&gate), capture.clone()))).expect("a thread");
+        let mut writer = output.writer();
+        let closed = lock(&gate);
+        for _ in 0..64 {
+            writer.write_all(&[b'x'; 65536]).expect("never fails");
         }
-        assert!(
-            started.elapsed() < Duration::from_secs(20),
-            "the patience is spent once, not at every write"
-        );
-        assert!(lock(&output.queue.state).bytes.len() <= MOST_WAITING);
-        drop(go);
-        drop(output);
-        assert!(capture.text().len() >= MOST_WAITING / 2, "what was taken comes out");
-    }
-
-    struct Quit(Mutex<Option<MachineEvent>>, Condvar);
-
-    impl MachineControl for Quit {
-        fn request(&self, event: MachineEvent) {
-            *lock(&self.0) = Some(event);
-            self.1.notify_all();
-        }
+        assert!(lock(&output.queue.waiting).bytes.len() < BACKLOG + 65536);
+        drop(closed);
+        assert!(output.finish().is_none());
+        assert!(capture.text().len() >= BACKLOG);
     }
 
     #[test]
-    fn the_escape_is_heard_while_the_guest_takes_no_input() {
-        let mut typed = vec![b'k'; 200_000];
-        typed.extend([ESCAPE, b'x']);
-        let quit = Arc::new(Quit(Mutex::default(), Condvar::new()));
-        start_input(Box::new(io::Cursor::new(typed)), true, Arc::new(|_| 0), quit.clone()).unwrap();
-        let seen = lock(&quit.0);
-        let (seen, _) =
-            quit.1.wait_timeout_while(seen, Duration::from_secs(30), |seen| seen.is_none()).unwrap();
-        assert_eq!(*seen, Some(MachineEvent::Quit));
+    fn a_pty_that_nobody_opened_takes_any_amount() {
+        let (mut pty, name) = Pty::open().expect("a pseudo-terminal");
+        assert!(name.starts_with("/dev/pts/"));
+        pty.write_all(&[b'x'; 100_000]).expect("dropped");
+    }
+
+    #[test]
+    fn a_pty_can_be_left_and_opened_again() {
+        let (mut pty, name) = Pty::open().expect("a pseudo-terminal");
+        let mut buffer = [0; 16];
+        for word in [b"one\n", b"two\n"] {
+            let mut other = File::options().read(true).write(true).open(&name).expect("its other end");
+            other.write_all(word).expect("room");
+            assert_eq!(pty.read(&mut buffer).expect("a word"), 4);
+            assert_eq!(&buffer[..4], word);
+            pty.write_all(b"pong").expect("somebody is there");
+            assert_eq!(other.read(&mut buffer).expect("an answer"), 4);
+        }
     }
 }

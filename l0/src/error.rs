@@ -37,13 +37,29 @@ pub enum RunError {
     #[error(transparent)]
     Engine(#[from] EngineError),
     /// A console.
-    #[error("cannot open the console {what}: {source}")]
+    #[error("cannot send the serial port's output to {what}: {source}; see --serial in turtles run --help")]
     Console {
         /// Which.
         what: String,
         /// Why.
         source: std::io::Error,
     },
+    /// Output of the guest could not be written.
+    #[error("the guest's output is incomplete: cannot write to {what}: {source}; make room and run it again")]
+    Output {
+        /// Where to.
+        what: String,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// A device could not go on.
+    #[error("{0}")]
+    Device(String),
+    /// The images need a CPU that `--cpu` does not give.
+    #[error(
+        "this kernel starts in 64-bit mode, which the CPU that --cpu asks for does not have: leave it its flag lm"
+    )]
+    NoLongMode,
     /// A thread.
     #[error("cannot start a thread: {0}; raise the limit on processes (ulimit -u)")]
     Thread(std::io::Error),

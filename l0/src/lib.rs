@@ -4,7 +4,7 @@
 //! - [`engine`] executes vCPUs: the software CPU (crate `turtles_cpu`) or the host's KVM
 //! - [`devices`] are the PC's chips, wired in [`chipset`]; [`clock`] is guest time, [`memory`] guest RAM
 //! - [`boot`] puts kernels into memory
-//! - [`demo`], [`doctor`], [`crash`], [`console`] are what a person sees
+//! - [`demo`], [`doctor`], [`crash`], [`console`], [`signals`] are what a person sees
 
 pub mod boot;
 pub mod chipset;
@@ -18,6 +18,7 @@ pub mod doctor;
 pub mod engine;
 pub mod error;
 pub mod memory;
+pub mod signals;
 pub mod vcpu;
 pub mod vcpu_signal;
 pub mod vm;

@@ -8,12 +8,17 @@ use std::sync::Arc;
 
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap};
 
+use crate::boot::Mib;
+
 /// RAM below 4 GiB ends here at the latest; above are PCI windows, ECAM, I/O APIC, HPET and local APIC.
 pub const LOW_RAM_END: u64 = 0xc000_0000;
 /// Where RAM goes on above the hole.
 pub const HIGH_RAM_START: u64 = 0x1_0000_0000;
 /// The least we boot anything with.
 pub const MINIMUM: u64 = 2 << 20;
+
+/// The most: what we keep for each page (decoded code, its version) must fit the host too.
+pub const MAXIMUM: u64 = 1 << 40;
 
 /// Guest memory as devices and loaders see it.
 pub type GuestMemory = Arc<GuestMemoryMmap<()>>;
@@ -24,8 +29,11 @@ pub enum MemoryError {
     /// The size is not one we can make.
     #[error("guest memory of {0} bytes: give at least 2M, in whole 4K pages")]
     Size(u64),
+    /// More than we make.
+    #[error("guest memory of {}: give at most {}", Mib(*.0), Mib(MAXIMUM))]
+    TooLarge(u64),
     /// The memory file could not be made.
-    #[error("cannot create the guest's memory file of {size} bytes: {source}")]
+    #[error("cannot create the guest's memory of {}: {source}; give the guest less with --memory", Mib(*size))]
     Create {
         /// Bytes asked for.
         size: u64,
@@ -33,7 +41,7 @@ pub enum MemoryError {
         source: std::io::Error,
     },
     /// It could not be mapped.
-    #[error("cannot map {size} bytes of guest memory: {source}; give the guest less with --memory")]
+    #[error("cannot map the guest's memory of {}: {source}; give the guest less with --memory", Mib(*size))]
     Map {
         /// Bytes asked for.
         size: u64,
@@ -57,6 +65,9 @@ impl Ram {
     pub fn new(size: u64) -> Result<Self, MemoryError> {
         if size < MINIMUM || size % 4096 != 0 {
             return Err(MemoryError::Size(size));
+        }
+        if size > MAXIMUM {
+            return Err(MemoryError::TooLarge(size));
         }
         let create = |source| MemoryError::Create { size, source };
         // SAFETY: memfd_create takes a valid C string and returns a new descriptor or -1; on success we own it.

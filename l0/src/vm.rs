@@ -6,11 +6,12 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use turtles_cpu::Cpu;
 use turtles_cpu::attention::Attention;
-use turtles_cpu::cpuid::CpuModel;
+use turtles_cpu::cpuid::{CpuModel, Feature};
 use turtles_cpu::mmu::walk::PHYSICAL_BITS;
 use turtles_cpu::phys::{PhysMemory, RamRange};
 use turtles_cpu::state::{Activity, CpuState, X87State};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
+use x86defs::efer;
 
 use crate::boot::{self, BootState};
 use crate::chipset::Chipset;
@@ -22,7 +23,7 @@ use crate::devices::virtio::DmaObserver;
 use crate::devices::{MachineControl, MachineEvent};
 use crate::doctor;
 use crate::engine::kvm::{GuestTsc, KvmHost, KvmVm};
-use crate::engine::{Engine, EngineError, Soft};
+use crate::engine::{Engine, Soft};
 use crate::error::RunError;
 use crate::memory::{HIGH_RAM_START, LOW_RAM_END, Ram};
 use crate::vcpu::{MachineBus, Vcpu};
@@ -41,7 +42,7 @@ pub struct Stop {
     set: AtomicBool,
     event: Mutex<Option<MachineEvent>>,
     crash: Mutex<Option<CrashReport>>,
-    failure: Mutex<Option<EngineError>>,
+    failure: Mutex<Option<RunError>>,
     signals: Mutex<Vec<Arc<VcpuSignal>>>,
     changed: Condvar,
 }
@@ -57,7 +58,7 @@ impl Stop {
         lock(&self.crash).get_or_insert(report);
     }
 
-    fn failed(&self, failure: EngineError) {
+    fn failed(&self, failure: RunError) {
         lock(&self.failure).get_or_insert(failure);
         self.request(MachineEvent::Quit);
     }
@@ -71,6 +72,10 @@ impl MachineControl for Stop {
             signal.raise(Attention::CANCEL);
         }
         self.changed.notify_all();
+    }
+
+    fn fail(&self, why: String) {
+        self.failed(RunError::Device(why));
     }
 }
 
@@ -147,6 +152,9 @@ impl Machine {
             wall_clock(config),
         )?;
         let start = load(config, &ram)?;
+        if start.efer & efer::LMA != 0 && !model.features().has(Feature::Lm) {
+            return Err(RunError::NoLongMode);
+        }
         let mut machine = Self {
             started,
             vcpus: Vec::new(),
@@ -240,7 +248,7 @@ impl Machine {
             let body = move || {
                 let guard = StopOnPanic(Arc::clone(&stop));
                 if let Err(failure) = vcpu.run() {
-                    stop.failed(failure);
+                    stop.failed(failure.into());
                 }
                 std::mem::forget(guard);
             };
@@ -265,7 +273,7 @@ impl Machine {
             return Err(RunError::Internal);
         }
         if let Some(failure) = lock(&self.stop.failure).take() {
-            return Err(failure.into());
+            return Err(failure);
         }
         let event = lock(&self.stop.event).unwrap_or(MachineEvent::Quit);
         Ok(Outcome {

@@ -15,7 +15,7 @@ fn assert_passes(guest: &Guest, config: &MachineConfig) {
         guest.name,
         config.engine,
         config.clock,
-        run.crash.unwrap_or_default()
+        run.crash.as_deref().unwrap_or_default()
     );
     assert!(run.lines("PASS").count() > 0, "{} reported nothing", guest.name);
 }

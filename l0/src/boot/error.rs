@@ -13,11 +13,20 @@ impl fmt::Display for Mib {
     }
 }
 
+fn read_hint(error: &std::io::Error) -> &'static str {
+    match error.kind() {
+        std::io::ErrorKind::NotFound => "; check the path",
+        std::io::ErrorKind::IsADirectory => "; give a file",
+        std::io::ErrorKind::PermissionDenied => "; change its permissions, or run as a user who may read it",
+        _ => "",
+    }
+}
+
 /// Failure to load a guest.
 #[derive(Debug, thiserror::Error)]
 pub enum BootError {
     /// A file cannot be opened or read.
-    #[error("cannot read {}: {source}", path.display())]
+    #[error("cannot read {}: {source}{}", path.display(), read_hint(source))]
     Read {
         /// The file.
         path: PathBuf,
@@ -55,7 +64,7 @@ pub enum BootError {
     /// No format we load.
     #[error(
         "{name} is {found}: give a Linux bzImage, an ELF file (PVH, Multiboot or plain), or say where to load \
-         a flat image"
+         a flat image with --flat"
     )]
     UnknownFormat {
         /// The image.

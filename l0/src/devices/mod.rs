@@ -153,4 +153,10 @@ pub enum MachineEvent {
 pub trait MachineControl: Send + Sync {
     /// Records the request and stops the vCPUs.
     fn request(&self, event: MachineEvent);
+
+    /// Ends the run because of the host; `why` is for the person who runs us, with what to do about it.
+    fn fail(&self, why: String) {
+        log::error!("{why}");
+        self.request(MachineEvent::Quit);
+    }
 }

@@ -19,6 +19,8 @@ use virtio_bindings::virtio_blk::{
 };
 use vmm_sys_util::fallocate::{FallocateMode, fallocate};
 
+use crate::devices::MachineControl;
+
 use super::dma::{Dma, DmaError, Segments};
 use super::queue::{Chain, QueueError, VirtQueue};
 use super::{DeviceConfig, DeviceType, FixedConfig, VirtioDevice, feature};
@@ -98,6 +100,11 @@ pub struct Block {
     /// The driver cannot flush, so every write must be on the disk before it is confirmed.
     write_through: bool,
     complained: bool,
+    /// Whom to ask to stop when the host has no room for a write.
+    control: Option<Arc<dyn MachineControl>>,
+    /// There was no room for a write: nothing more is written, so that the image stays as a power failure would have
+    /// left it then, which file systems recover from.
+    frozen: bool,
 }
 
 /// How a request ends, beside success.
@@ -155,7 +162,15 @@ impl Block {
             id,
             write_through: true,
             complained: false,
+            control: None,
+            frozen: false,
         })
+    }
+
+    /// A host without room for a write ends the run through `control`, rather than giving the guest an I/O error.
+    #[must_use]
+    pub fn stopping(self, control: Arc<dyn MachineControl>) -> Self {
+        Self { control: Some(control), ..self }
     }
 
     /// Serves one request; returns how many bytes of the writable part are the answer.
@@ -213,7 +228,7 @@ impl Block {
     }
 
     fn check_writable(&self) -> Result<(), Failure> {
-        if self.access == Access::ReadWrite { Ok(()) } else { Err(Failure::Io) }
+        if self.access == Access::ReadWrite && !self.frozen { Ok(()) } else { Err(Failure::Io) }
     }
 
     /// The place of `len` bytes from `sector`, if the disk has it.
@@ -287,6 +302,9 @@ impl Block {
     }
 
     fn flush(&mut self) -> Result<u64, Failure> {
+        if self.frozen {
+            return Err(Failure::Io);
+        }
         let result = if self.access == Access::ReadWrite { self.image.sync_data() } else { Ok(()) };
         self.report(result.map_err(DmaError::Host)).map(|()| 0)
     }
@@ -294,6 +312,15 @@ impl Block {
     /// The host's reason is lost to the guest, so the first one goes to the person who runs us.
     fn report(&mut self, result: Result<(), DmaError>) -> Result<(), Failure> {
         if let Err(DmaError::Host(error)) = &result {
+            if let (io::ErrorKind::StorageFull, Some(control)) = (error.kind(), &self.control) {
+                self.frozen = true;
+                let path = self.path.display();
+                control.fail(format!(
+                    "disk image {path}: {error}: the guest was stopped at the first write that found no room, the \
+                     image is as after a power failure; make room on the host and start it again"
+                ));
+                return Err(Failure::Io);
+            }
             let hint = match error.kind() {
                 io::ErrorKind::StorageFull => "; make room on the host, the guest's writes fail until then",
                 io::ErrorKind::UnexpectedEof => "; something made the file shorter while it was in use",
@@ -561,7 +588,9 @@ mod tests {
         let path = PathBuf::from("/dev/full");
         let access = Access::ReadWrite;
         let (id, write_through, complained) = ([0; ID_LEN], true, false);
-        let block = Block { image, path, access, sectors: SECTORS, id, write_through, complained };
+        let (control, frozen) = (None, false);
+        let block =
+            Block { image, path, access, sectors: SECTORS, id, write_through, complained, control, frozen };
         let mut driver = Driver::ready(block, FLUSH, 1);
         assert_eq!(request(&mut driver, VIRTIO_BLK_T_OUT, 0, &[(DATA_AT, 512, 0)]).0, VIRTIO_BLK_S_IOERR);
         assert_eq!(request(&mut driver, VIRTIO_BLK_T_IN, 0, &[(DATA_AT, 512, WRITE)]).0, VIRTIO_BLK_S_OK);
