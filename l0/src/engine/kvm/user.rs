@@ -179,6 +179,7 @@ impl KvmVcpu {
         fence_in(&mut cpu.state);
         self.image.move_in(&mut self.fd, cpu, false)?;
         self.stats.moved_in += 1;
+        let entered = progress(&before);
         let start = Instant::now();
         let ended = self.run_user(cpu);
         let took = start.elapsed();
@@ -188,7 +189,14 @@ impl KvmVcpu {
         home?;
         self.stats.user_stretches += 1;
         self.stats.user_micros += u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
-        self.user.patience = if took < WORTH_IT {
+        let stuck = took >= WORTH_IT && progress(&cpu.state) == entered;
+        self.user.patience = if stuck {
+            // Seen where KVM emulates ring 0: KVM_RUN comes back only by our signal, at the instruction it began
+            // with. The software CPU takes over for long, and KVM then begins without shadow pages.
+            self.stats.stuck += 1;
+            self.user.left_at = None;
+            MOST_PATIENCE
+        } else if took < WORTH_IT {
             self.user.patience.saturating_mul(2).min(MOST_PATIENCE)
         } else {
             (self.user.patience / 2).max(PATIENCE)
@@ -234,6 +242,11 @@ impl KvmVcpu {
         self.user.left_at = Some(cpu.mode_changes());
         moved
     }
+}
+
+/// What changes when ring 3 gets on.
+fn progress(state: &CpuState) -> (u64, u64, [u64; 16]) {
+    (state.rip, state.rflags(), std::array::from_fn(|i| state.gpr.get(i)))
 }
 
 /// True if KVM stopped at an exception that came after its instruction: for a fault KVM sets RFLAGS.RF, or still has
