@@ -196,6 +196,7 @@ impl Vcpu {
             Exit::Budget | Exit::InterruptWindow => State::Running,
             Exit::Halted => State::Waiting,
             Exit::Attention => self.attend(),
+            Exit::Vm => State::Running,
             Exit::Shutdown => {
                 self.stop.crashed(CrashReport::new(self.index, &self.cpu));
                 self.stop.request(MachineEvent::Reset);

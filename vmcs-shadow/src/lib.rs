@@ -1,8 +1,10 @@
-//! VMCS contents as data: what a field's encoding says. The rules of VM entry, merging and reflection will stand
-//! beside it; nothing of VMX is offered to guests yet.
+//! VMCS contents as data, and the rules about them: fields, capability MSRs, VM-entry checks, merging, routing of exits.
 //!
 //! Must not know: memory, engines, KVM, devices.
 
 #![forbid(unsafe_code)]
 
 pub mod encoding;
+pub mod field;
+
+pub use field::{Field, Vmcs};

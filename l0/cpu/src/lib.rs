@@ -23,6 +23,7 @@ pub mod phys;
 pub mod state;
 pub mod trap;
 mod tunables;
+pub mod vmx;
 
 use std::sync::Arc;
 
@@ -34,6 +35,7 @@ use mmu::tlb::{DataEntry, Mode, Tlb};
 use phys::{Peer, PhysMemory};
 use state::CpuState;
 use trap::Fault;
+use vmx::{Controls, Operation, Vmx};
 
 /// Why [`Cpu::run`] returned. Everything that can be answered while an instruction is under way goes through
 /// [`Bus`] instead.
@@ -49,12 +51,16 @@ pub enum Exit {
     Budget,
     /// Interrupts can be taken now, and the caller asked to be told.
     InterruptWindow,
+    /// A VM exit from non-root operation, or a VMX instruction in root operation: details in [`vmx::Vmx::exit`].
+    Vm,
 }
 
 /// One vCPU's software CPU.
 pub struct Cpu {
     /// The vCPU: plain data, valid whenever `run` is not executing. After changing it, call [`Cpu::state_changed`].
     pub state: CpuState,
+    /// Its VMX side.
+    pub vmx: Vmx,
     pub(crate) memory: Arc<PhysMemory>,
     pub(crate) bus: Box<dyn Bus>,
     pub(crate) model: Arc<CpuModel>,
@@ -107,6 +113,7 @@ impl Cpu {
         let data_table = tlb.data(Mode::Slow).as_ptr();
         let mut cpu = Self {
             state: CpuState::reset(),
+            vmx: Vmx { current_pointer: u64::MAX, ..Vmx::default() },
             memory,
             bus,
             model,
@@ -180,6 +187,35 @@ impl Cpu {
             done += step;
         }
         done
+    }
+
+    /// Goes on in non-root operation under `controls`; `state` is the guest's, set by the owner.
+    pub fn enter_non_root(&mut self, controls: Controls) {
+        self.vmx.controls = controls;
+        self.vmx.operation = Operation::NonRoot;
+        self.refresh_space();
+        self.attend();
+    }
+
+    /// Goes on in root operation; `state` is the hypervisor's, set by the owner.
+    pub fn leave_non_root(&mut self) {
+        self.vmx.operation = Operation::Root;
+        self.refresh_space();
+        self.attend();
+    }
+
+    /// Ends the instruction that a [`Exit::Vm`] was about: RIP moves past it, and what one instruction's end does to
+    /// shadows and traps is done.
+    pub fn complete_instruction(&mut self) {
+        let next = self.state.rip.wrapping_add(u64::from(self.vmx.exit.instruction_length));
+        self.state.rip = self.wrap_ip(next);
+        self.state.instructions += 1;
+        self.state.shadow = state::Shadow::None;
+        self.state.set_rflags(self.state.rflags() & !x86defs::rflags::RF);
+        if self.state.system_flag(x86defs::rflags::TF) {
+            self.state.pending_debug |= x86defs::dr::DR6_BS;
+        }
+        self.attend();
     }
 
     /// Makes the run loop look at interrupts, traps and shadows before the next instruction block.

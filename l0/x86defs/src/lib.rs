@@ -7,6 +7,7 @@ pub mod cpuid;
 pub mod msr;
 pub mod paging;
 pub mod segment;
+pub mod vmx;
 
 /// RFLAGS.
 pub mod rflags {

@@ -64,8 +64,8 @@ pub enum Mode {
 pub struct SpaceTag {
     /// Physical address of the root table and PCID, as CR3 has them.
     pub pcid: u16,
-    /// Virtual-processor identifier (0: no VMX non-root operation).
-    pub vpid: u16,
+    /// Virtual processor ([`crate::vmx::Controls::vpid_tag`]; 0: no VMX non-root operation).
+    pub vpid: u32,
     /// EPT pointer (0: none).
     pub eptp: u64,
 }
