@@ -16,6 +16,8 @@ use std::any::Any;
 use vmcs_shadow::Vmcs;
 
 use crate::phys::PhysMemory;
+use crate::trap::Trap;
+use crate::{Cpu, Exit};
 
 /// What the processor is doing as far as VMX goes.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
@@ -197,4 +199,16 @@ pub trait SecondLevel: Send {
     fn set_root(&mut self, pointer: u64) -> bool;
     /// The owner's own type.
     fn as_any(&mut self) -> &mut dyn Any;
+}
+
+impl Cpu {
+    /// Ends non-root operation, or hands a VMX instruction of root operation to the owner. Whatever else the exit
+    /// information has, the caller adds to [`Vmx::exit`].
+    #[cold]
+    #[allow(dead_code)] // Its callers come with the exits.
+    pub(crate) fn vm_exit(&mut self, reason: u32, qualification: u64) -> Trap {
+        self.vmx.exit = VmExit { reason, qualification, ..VmExit::default() };
+        self.exit = Exit::Vm;
+        Trap::Exit
+    }
 }
