@@ -393,6 +393,7 @@ fn go(random: &mut Random, cpu: &mut Cpu, attention: &Attention) {
             Exit::Shutdown | Exit::Attention => return,
             Exit::Budget => assert_eq!(used, TICKS),
             Exit::Halted | Exit::InterruptWindow => {}
+            Exit::Vm => panic!("VMX is off"),
         }
         if random.one_in(2) {
             attention.raise(random.pick(&[Attention::NMI, Attention::INTERRUPT, Attention::FORGET_WRITES]));
