@@ -14,6 +14,18 @@ pub enum Width {
     Natural,
 }
 
+impl Width {
+    /// A value as a field of this width holds it.
+    #[inline]
+    pub fn truncate(self, value: u64) -> u64 {
+        match self {
+            Self::W16 => value & 0xffff,
+            Self::W32 => value & 0xffff_ffff,
+            Self::W64 | Self::Natural => value,
+        }
+    }
+}
+
 /// Area of the VMCS a field belongs to.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Area {

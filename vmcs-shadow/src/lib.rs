@@ -4,7 +4,12 @@
 
 #![forbid(unsafe_code)]
 
+pub mod access;
+pub mod caps;
 pub mod encoding;
 pub mod field;
+pub mod region;
 
+pub use access::Access;
+pub use caps::Capabilities;
 pub use field::{Field, Vmcs};

@@ -342,3 +342,53 @@ pub mod msr {
     pub const TRUE_ENTRY_CTLS: u32 = 0x490;
     pub const VMFUNC: u32 = 0x491;
 }
+
+/// Bits of IA32_VMX_BASIC that say what the processor does.
+pub mod basic_cap {
+    /// VM exits of INS and OUTS have instruction information.
+    pub const INS_OUTS_INFORMATION: u64 = 1 << 54;
+    /// There are TRUE capability MSRs.
+    pub const TRUE_CONTROLS: u64 = 1 << 55;
+    /// A hardware exception may be injected with or without an error code, whatever its vector.
+    pub const ANY_ERROR_CODE: u64 = 1 << 56;
+}
+
+/// Bits of IA32_VMX_MISC that say what the processor does.
+pub mod misc_cap {
+    /// VM exits store EFER.LMA in the "IA-32e mode guest" control.
+    pub const STORE_LMA: u64 = 1 << 5;
+    pub const ACTIVITY_HLT: u64 = 1 << 6;
+    pub const ACTIVITY_SHUTDOWN: u64 = 1 << 7;
+    pub const ACTIVITY_WAIT_FOR_SIPI: u64 = 1 << 8;
+    /// VMWRITE may write VM-exit information fields.
+    pub const VMWRITE_ANY_FIELD: u64 = 1 << 29;
+    /// Software events may be injected with instruction length 0.
+    pub const INJECT_ZERO_LENGTH: u64 = 1 << 30;
+}
+
+/// IA32_VMX_EPT_VPID_CAP.
+pub mod ept_vpid_cap {
+    pub const EXECUTE_ONLY: u64 = 1 << 0;
+    pub const WALK_4: u64 = 1 << 6;
+    pub const UNCACHEABLE: u64 = 1 << 8;
+    pub const WRITE_BACK: u64 = 1 << 14;
+    pub const PAGE_2M: u64 = 1 << 16;
+    pub const PAGE_1G: u64 = 1 << 17;
+    pub const INVEPT: u64 = 1 << 20;
+    pub const ACCESSED_DIRTY: u64 = 1 << 21;
+    pub const ADVANCED_EXIT_INFORMATION: u64 = 1 << 22;
+    pub const INVEPT_SINGLE: u64 = 1 << 25;
+    pub const INVEPT_ALL: u64 = 1 << 26;
+    pub const INVVPID: u64 = 1 << 32;
+    pub const INVVPID_ADDRESS: u64 = 1 << 40;
+    pub const INVVPID_SINGLE: u64 = 1 << 41;
+    pub const INVVPID_ALL: u64 = 1 << 42;
+    pub const INVVPID_SINGLE_NO_GLOBALS: u64 = 1 << 43;
+    /// The bits about EPT; those about VPID are the others.
+    pub const EPT_HALF: u64 = 0xffff_ffff;
+}
+
+/// VM functions: leaves in IA32_VMX_VMFUNC and the VM-function controls.
+pub mod vm_function {
+    pub const EPTP_SWITCHING: u64 = 1 << 0;
+}
