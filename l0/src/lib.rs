@@ -3,6 +3,7 @@
 //! - [`vm`] builds a machine from a [`config`] and runs it; [`vcpu`] is one vCPU's loop
 //! - [`engine`] executes vCPUs: the software CPU (crate `turtles_cpu`) or the host's KVM
 //! - [`devices`] are the PC's chips, wired in [`chipset`]; [`clock`] is guest time, [`memory`] guest RAM
+//! - [`nested`] is virtual VMX: L1's guests
 //! - [`boot`] puts kernels into memory
 //! - [`demo`], [`doctor`], [`crash`], [`console`], [`signals`] are what a person sees
 
@@ -18,6 +19,7 @@ pub mod doctor;
 pub mod engine;
 pub mod error;
 pub mod memory;
+pub mod nested;
 pub mod signals;
 pub mod vcpu;
 pub mod vcpu_signal;

@@ -200,6 +200,23 @@ impl PhysMemory {
         Some(unsafe { AtomicU32::from_ptr(host.cast()) })
     }
 
+    /// Reads the aligned 8 bytes at `address`; none outside RAM.
+    #[inline]
+    pub fn read_u64(&self, address: u64) -> Option<u64> {
+        self.entry64(address).map(|entry| entry.load(Ordering::Acquire))
+    }
+
+    /// Makes `new` of `old` in the aligned 8 bytes at `address`; false if something else is there, or no RAM.
+    pub fn compare_exchange_u64(&self, address: u64, old: u64, new: u64) -> bool {
+        let done = self
+            .entry64(address)
+            .is_some_and(|e| e.compare_exchange(old, new, Ordering::SeqCst, Ordering::Relaxed).is_ok());
+        if done {
+            self.wrote(address & !7, 8);
+        }
+        done
+    }
+
     /// Copies bytes out of guest memory (page by page); bytes outside RAM read as ones.
     pub fn read(&self, mut address: u64, mut data: &mut [u8]) {
         while !data.is_empty() {
