@@ -5,7 +5,6 @@ use crate::test_memory::{CAPS, TestMemory};
 use crate::*;
 
 const RWX: u64 = 7;
-const LARGE: u64 = 1 << 7;
 const A: u64 = Entry::ACCESSED;
 const D: u64 = Entry::DIRTY;
 const PML4: u64 = 0x1000;
@@ -208,14 +207,14 @@ fn the_log_takes_pages_as_they_become_dirty_and_fills_downwards() {
 #[test]
 fn large_pages_are_kept_large_and_logged_by_the_piece_written() {
     let memory = memory();
-    memory.set(PD + 8, 0x20_0000 * 5 | 0xb7);
+    memory.set(PD + 8, 0xa0_0000 | 0xb7);
     memory.set(PDPT + 8, 1 << 30 | 0xb7);
     let mut ept02 = ept02(WITH_FLAGS);
     ept02.log = Some(Log { address: L1Gpa(0x8000), index: 511 });
-    assert_eq!(translate(&mut ept02, &memory, 0x20_3456, Access::WRITE), Ok(0x20_0000 * 5 + 0x3000));
+    assert_eq!(translate(&mut ept02, &memory, 0x20_3456, Access::WRITE), Ok(0xa0_0000 + 0x3000));
     for piece in 0..512 {
         let at = 0x20_0000 + piece * 0x1000;
-        assert_eq!(translate(&mut ept02, &memory, at, Access::WRITE), Ok(0x20_0000 * 5 + piece * 0x1000));
+        assert_eq!(translate(&mut ept02, &memory, at, Access::WRITE), Ok(0xa0_0000 + piece * 0x1000));
     }
     assert_eq!(ept02.walks(), 1);
     assert_eq!(*memory.log.borrow(), [(0x8000 + 511 * 8, 0x20_3000)]);
