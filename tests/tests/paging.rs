@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use turtles_cpu::mmu::walk::{Access, PHYSICAL_BITS, Privilege, translate};
+use turtles_cpu::mmu::walk::{Access, Direct, Failure, PHYSICAL_BITS, Privilege, translate};
 use turtles_cpu::phys::{PhysMemory, RamRange};
 use turtles_cpu::state::CpuState;
 use turtles_tests::random::Random;
@@ -323,7 +323,7 @@ fn walks_agree_with_the_model() {
     for number in 0..CASES {
         let case = random_case(&mut Random::new(number));
         memory.write(0, &case.memory);
-        let found = translate(&case.state, &memory, case.linear, case.access, case.privilege);
+        let found = translate(&case.state, &mut Direct(&memory), case.linear, case.access, case.privilege);
         let mut after = vec![0; SIZE];
         memory.read(0, &mut after);
         let context = || {
@@ -345,7 +345,7 @@ fn walks_agree_with_the_model() {
                 assert_eq!(to.physical, physical, "{}", context());
                 assert_eq!(after, marked, "{}: accessed and dirty bits", context());
             }
-            (Err(code), Err(fault)) => {
+            (Err(code), Err(Failure::Page(fault))) => {
                 assert_eq!(fault.error_code, Some(code), "{}", context());
                 assert_eq!(fault.address, case.linear, "{}", context());
                 let only_accessed = case.memory.iter().zip(&after).all(|(b, a)| (b ^ a) & !0x20 == 0);

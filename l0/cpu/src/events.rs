@@ -140,6 +140,7 @@ impl Cpu {
         if event.kind == EventKind::Nmi {
             self.state.nmi_blocked = true;
         }
+        self.delivering = true;
         let done = if !self.state.protected() {
             self.deliver_real(event.vector, flags)
         } else if self.state.long_mode() {
@@ -147,6 +148,7 @@ impl Cpu {
         } else {
             self.deliver_protected(event, flags)
         };
+        self.delivering = false;
         if done.is_ok() {
             if self.state.activity == Activity::Halted {
                 self.state.activity = Activity::Active;

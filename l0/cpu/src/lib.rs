@@ -85,6 +85,8 @@ pub struct Cpu {
     pub(crate) look_up: bool,
     /// The last #GP was raised for a non-canonical address.
     pub(crate) non_canonical: bool,
+    /// An event is on its way through the IDT.
+    pub(crate) delivering: bool,
     /// The instruction under way is followed by a single-step trap.
     pub(crate) step_trap: bool,
     /// Return [`Exit::InterruptWindow`] as soon as interrupts can be taken.
@@ -130,6 +132,7 @@ impl Cpu {
             block_end: 0,
             look_up: true,
             non_canonical: false,
+            delivering: false,
             step_trap: false,
             want_interrupt_window: false,
             apic_id,
@@ -178,10 +181,11 @@ impl Cpu {
 
     /// Reads guest memory at a linear address without any effect on the guest; returns how many bytes are mapped.
     pub fn peek(&self, linear: u64, data: &mut [u8]) -> usize {
+        let second = self.vmx.second_level.as_deref().filter(|_| self.vmx.nested_paging());
         let mut done = 0;
         while done < data.len() {
             let at = self.wrap(linear.wrapping_add(done as u64));
-            let Some(physical) = mmu::walk::peek(&self.state, &self.memory, at) else { break };
+            let Some(physical) = mmu::walk::peek(&self.state, &self.memory, second, at) else { break };
             let step = (data.len() - done).min(4096 - (at & 4095) as usize);
             self.memory.read(physical, &mut data[done..done + step]);
             done += step;

@@ -56,12 +56,6 @@ impl CombinedTables {
         self.faults
     }
 
-    /// Where L2-physical `gpa` is in L1's memory under the EPT pointer in force, changing nothing.
-    pub fn peek(&self, memory: &PhysMemory, gpa: u64) -> Option<u64> {
-        let page = self.ept02.peek(&Physical(memory), L2Gpa(gpa))?;
-        Some(page.0 | gpa & 0xfff)
-    }
-
     #[cold]
     fn refuse(&mut self, fault: Fault) -> EptFault {
         self.faults += 1;
@@ -84,6 +78,11 @@ impl SecondLevel for CombinedTables {
             Ok(page) => Ok(page_of(page, gpa)),
             Err(fault) => Err(self.refuse(fault)),
         }
+    }
+
+    fn peek(&self, memory: &PhysMemory, gpa: u64) -> Option<u64> {
+        let page = self.ept02.peek(&Physical(memory), L2Gpa(gpa))?;
+        Some(page.0 | gpa & 0xfff)
     }
 
     fn set_root(&mut self, pointer: u64) -> bool {

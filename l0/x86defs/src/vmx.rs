@@ -274,6 +274,7 @@ pub mod ept_qualification {
     pub const WRITABLE: u64 = 1 << 4;
     pub const EXECUTABLE: u64 = 1 << 5;
     pub const USER_EXECUTABLE: u64 = 1 << 6;
+    pub const ALLOWED: u64 = READABLE | WRITABLE | EXECUTABLE | USER_EXECUTABLE;
     /// The guest linear address is valid.
     pub const LINEAR_VALID: u64 = 1 << 7;
     /// The access was to the translation of the linear address, not to a paging-structure entry.

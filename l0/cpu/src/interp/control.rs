@@ -78,24 +78,27 @@ impl Cpu {
     }
 
     /// The PDPTE registers under `cr3`; none if a present one has reserved bits set.
-    pub(crate) fn read_pdptes(&self, cr3: u64) -> Option<[u64; 4]> {
+    pub(crate) fn read_pdptes(&mut self, cr3: u64) -> Exec<Option<[u64; 4]>> {
         let reserved = PDPTE_RESERVED | !((1u64 << PHYSICAL_BITS) - 1);
+        let table = cr3 & 0xffff_ffe0;
+        // Aligned, so within a page.
+        let table = self.guest_physical_page(table)? | table & 4095;
         let mut pdptes = [0; 4];
         for (i, pdpte) in pdptes.iter_mut().enumerate() {
-            let at = (cr3 & 0xffff_ffe0) + 8 * i as u64;
+            let at = table + 8 * i as u64;
             let value =
                 self.memory.entry64(at).map_or(u64::MAX, |e| e.load(std::sync::atomic::Ordering::Acquire));
             if value & paging::PRESENT != 0 && value & reserved != 0 {
-                return None;
+                return Ok(None);
             }
             *pdpte = value;
         }
-        Some(pdptes)
+        Ok(Some(pdptes))
     }
 
     /// Loads the PDPTE registers or raises #GP(0).
     fn load_pdptes(&mut self, cr3: u64) -> Exec {
-        match self.read_pdptes(cr3) {
+        match self.read_pdptes(cr3)? {
             Some(pdptes) => {
                 self.state.pdptes = pdptes;
                 Ok(())
@@ -161,8 +164,10 @@ impl Cpu {
         self.state.efer = efer_value;
         if changed & (cr0::PG | cr0::PE | cr0::WP) != 0 {
             self.flush_own();
+            self.refresh_space();
+        } else {
+            self.refresh_mode();
         }
-        self.refresh_mode();
         Ok(())
     }
 

@@ -322,6 +322,7 @@ impl Cpu {
         if value & MISC_XD_DISABLE != 0 && xd_before == 0 && self.state.efer & efer::NXE != 0 {
             self.state.efer &= !efer::NXE;
             self.tlb.flush_all();
+            self.refresh_space();
         }
         Ok(())
     }
@@ -351,7 +352,7 @@ impl Cpu {
         if changed & efer::NXE != 0 {
             self.tlb.flush_all();
         }
-        self.refresh_mode();
+        self.refresh_space();
         Ok(())
     }
 

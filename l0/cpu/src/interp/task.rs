@@ -172,10 +172,12 @@ impl Cpu {
     fn new_task_pdptes(&mut self, image: &Image, found: &Found, ext: u32) -> Exec<Option<[u64; 4]>> {
         let paging = self.state.cr0 & cr0::PG != 0;
         match image.cr3 {
-            Some(cr3) if paging && self.state.cr4 & cr4::PAE != 0 => match self.read_pdptes(u64::from(cr3)) {
-                Some(pdptes) => Ok(Some(pdptes)),
-                None => Err(self.selector_fault(vector::TS, found.selector, ext)),
-            },
+            Some(cr3) if paging && self.state.cr4 & cr4::PAE != 0 => {
+                match self.read_pdptes(u64::from(cr3))? {
+                    Some(pdptes) => Ok(Some(pdptes)),
+                    None => Err(self.selector_fault(vector::TS, found.selector, ext)),
+                }
+            }
             _ => Ok(None),
         }
     }

@@ -7,14 +7,15 @@
 pub mod tlb;
 pub mod walk;
 
-use x86defs::{cr0, cr4, dr, rflags, vector};
+use x86defs::vmx::reason;
+use x86defs::{cr0, cr4, dr, efer, rflags, vector};
 
 use crate::Cpu;
 use crate::phys::{PhysMemory, Word};
 use crate::state::{Activity, Seg};
 use crate::trap::{Exec, Fault, Trap};
 use tlb::{DataEntry, EMPTY, FetchEntry, GLOBAL, LARGE, Mode, SpaceTag, data_index};
-use walk::{Access, Privilege, Translation, translate};
+use walk::{Access, Direct, Failure, Nested, Privilege, Translation, translate};
 
 /// Where one piece (within a page) of a slow access goes.
 #[derive(Clone, Copy)]
@@ -260,12 +261,27 @@ impl Cpu {
         if at >> 32 != 0 && self.state.long_mode() { next } else { self.wrap(next) }
     }
 
+    /// Translates through as many levels as are in use; raises the page fault, or leaves non-root operation.
+    fn translate(&mut self, linear: u64, access: Access, privilege: Privilege) -> Exec<Translation> {
+        let done = if self.vmx.nested_paging() {
+            let Some(second) = self.vmx.second_level.as_deref_mut() else {
+                return Err(self.vm_exit(reason::EPT_MISCONFIGURATION, 0));
+            };
+            let mut physical = Nested { memory: &self.memory, second };
+            translate(&self.state, &mut physical, linear, access, privilege)
+        } else {
+            translate(&self.state, &mut Direct(&self.memory), linear, access, privilege)
+        };
+        match done {
+            Ok(to) => Ok(to),
+            Err(Failure::Page(fault)) => Err(self.raise(fault)),
+            Err(Failure::SecondLevel(refused, to)) => Err(self.refused_at(linear, refused, to)),
+        }
+    }
+
     /// Translates one page's piece of an access, filling the TLB; raises the page fault if there is one.
     pub(crate) fn place(&mut self, linear: u64, access: Access, privilege: Privilege) -> Exec<Place> {
-        let to = match translate(&self.state, &self.memory, linear, access, privilege) {
-            Ok(to) => to,
-            Err(fault) => return Err(self.raise(fault)),
-        };
+        let to = self.translate(linear, access, privilege)?;
         let physical = to.physical | linear & 4095;
         let Some((host, code)) = self.memory.page(to.physical) else { return Ok(Place::Mmio(physical)) };
         let plain = code.is_plain();
@@ -304,18 +320,11 @@ impl Cpu {
             return Ok(entry.physical | linear & 4095);
         }
         let privilege = if user { Privilege::User } else { Privilege::Supervisor };
-        match translate(&self.state, &self.memory, linear, Access::Fetch, privilege) {
-            Ok(to) => {
-                let info = if to.global { GLOBAL } else { 0 } | if to.large { LARGE } else { 0 };
-                self.tlb.insert_fetch(
-                    user,
-                    linear & !4095,
-                    FetchEntry { page: linear & !4095, physical: to.physical, info },
-                );
-                Ok(to.physical | linear & 4095)
-            }
-            Err(fault) => Err(self.raise(fault)),
-        }
+        let to = self.translate(linear, Access::Fetch, privilege)?;
+        let info = if to.global { GLOBAL } else { 0 } | if to.large { LARGE } else { 0 };
+        let page = linear & !4095;
+        self.tlb.insert_fetch(user, page, FetchEntry { page, physical: to.physical, info });
+        Ok(to.physical | linear & 4095)
     }
 
     /// Canonical-address check of a data access in 64-bit mode. (The run loop makes #SS of it where the operand was
@@ -417,11 +426,24 @@ impl Cpu {
         }
     }
 
-    /// Takes up the address space that CR3 and CR4 name: call after changing CR3's PCID or CR4.PCIDE.
+    /// Takes up the address space that CR3, CR4 and the VMX operation name: call after changing CR3's PCID, CR4.PCIDE,
+    /// the operation or the EPT pointer.
     pub fn refresh_space(&mut self) {
         let pcid = if self.state.cr4 & cr4::PCIDE != 0 { (self.state.cr3 & 0xfff) as u16 } else { 0 };
-        self.tlb.switch(SpaceTag { pcid, ..SpaceTag::default() });
+        let (vpid, eptp) = self.vmx.space();
+        self.tlb.switch(SpaceTag { pcid, vpid, eptp }, self.regime());
         self.refresh_mode();
+    }
+
+    /// The control bits that translations depend on besides their tag. (Whoever changes one of them flushes and takes up
+    /// the space anew; the owner may change them between exits.)
+    fn regime(&self) -> u64 {
+        let s = &self.state;
+        let translating = cr4::PSE | cr4::PAE | cr4::PGE | cr4::SMEP | cr4::SMAP | cr4::PKE | cr4::LA57;
+        // EFER's bits 10 and 11, CR0's 0, 16 and 31; CR4's are moved out of their way.
+        (s.cr0 & (cr0::PG | cr0::PE | cr0::WP))
+            | s.efer & (efer::LMA | efer::NXE)
+            | (s.cr4 & translating) << 32
     }
 
     /// Offset in a segment to linear address, with the segment's checks for an access of `size` bytes.

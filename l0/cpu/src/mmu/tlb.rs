@@ -24,7 +24,7 @@ pub struct DataEntry {
     pub read: u64,
     pub write: u64,
     pub addend: u64,
-    /// Guest-physical page address, and in the low bits [`GLOBAL`] and [`LARGE`].
+    /// Physical page address, and in the low bits [`GLOBAL`] and [`LARGE`].
     pub info: u64,
 }
 
@@ -40,7 +40,7 @@ const NO_DATA: DataEntry = DataEntry { read: EMPTY, write: EMPTY, addend: 0, inf
 #[repr(C)]
 pub struct FetchEntry {
     pub page: u64,
-    /// Guest-physical page address.
+    /// Physical page address.
     pub physical: u64,
     pub info: u64,
 }
@@ -62,17 +62,19 @@ pub enum Mode {
 /// What names an address space: translations of one are never used in another.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub struct SpaceTag {
-    /// Physical address of the root table and PCID, as CR3 has them.
+    /// Process-context identifier (0 without).
     pub pcid: u16,
     /// Virtual processor ([`crate::vmx::Controls::vpid_tag`]; 0: no VMX non-root operation).
     pub vpid: u32,
-    /// EPT pointer (0: none).
+    /// Bits 51:12 of the EPT pointer (0: none).
     pub eptp: u64,
 }
 
 /// The translations of one address space.
 pub struct Space {
     tag: SpaceTag,
+    /// The control bits that its translations were made under.
+    regime: u64,
     used: u64,
     data: [[DataEntry; DATA_ENTRIES]; 4],
     fetch: [[FetchEntry; FETCH_ENTRIES]; 2],
@@ -88,6 +90,7 @@ impl Space {
     fn new() -> Box<Self> {
         Box::new(Self {
             tag: SpaceTag::default(),
+            regime: 0,
             used: 0,
             data: [[NO_DATA; DATA_ENTRIES]; 4],
             fetch: [[NO_FETCH; FETCH_ENTRIES]; 2],
@@ -194,8 +197,9 @@ impl Tlb {
         &self.spaces[self.current].fetch[usize::from(user)][fetch_index(linear)]
     }
 
-    /// Makes `tag`'s space the current one, taking the least recently used for it if it has none.
-    pub fn switch(&mut self, tag: SpaceTag) {
+    /// Makes `tag`'s space the current one, taking the least recently used for it if it has none. What it has from
+    /// under another `regime` of control bits is dropped.
+    pub fn switch(&mut self, tag: SpaceTag, regime: u64) {
         self.clock += 1;
         self.fetch_epoch += 1;
         let found = self.spaces.iter().position(|s| s.tag == tag && s.used != 0);
@@ -205,7 +209,12 @@ impl Tlb {
             self.spaces[oldest].tag = tag;
             oldest
         });
-        self.spaces[index].used = self.clock;
+        let space = &mut self.spaces[index];
+        if space.regime != regime {
+            space.flush();
+            space.regime = regime;
+        }
+        space.used = self.clock;
         self.current = index;
     }
 

@@ -1,6 +1,7 @@
-//! The page walker: linear to guest-physical ("Paging", SDM volume 3), setting accessed and dirty bits.
+//! The page walker: linear to physical ("Paging", SDM volume 3), setting accessed and dirty bits.
 //!
-//! The walk is a function of control registers and memory; it neither reads nor fills the TLB.
+//! The walk is a function of control registers and memory; it neither reads nor fills the TLB. In what way its
+//! addresses reach memory ([`Physical`]) is a type of its own, so that a walk without a second level has nothing of it.
 
 use std::sync::atomic::Ordering;
 
@@ -9,6 +10,7 @@ use x86defs::{cr0, cr4, efer, paging, pf_error};
 use crate::phys::PhysMemory;
 use crate::state::CpuState;
 use crate::trap::Fault;
+use crate::vmx::{EptAccess, EptFault, EptPage, SecondLevel};
 
 /// What an access does.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -32,31 +34,24 @@ pub enum Privilege {
 /// Where a linear page is, and what may be done with it.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Translation {
-    /// Guest-physical address of the 4-KiB page.
+    /// Address of the 4-KiB page: guest-physical while the walk is under way, physical once it is done.
     pub physical: u64,
-    /// A page larger than 4 KiB.
+    /// Part of a page larger than 4 KiB, in either level.
     pub large: bool,
     pub global: bool,
+    /// What the guest's paging structures allow.
     pub user: bool,
     pub writable: bool,
     pub executable: bool,
+    /// A write has nothing left to set: the dirty flag is, and the second level allows writes and has its own set.
     pub dirty: bool,
     pub key: u32,
 }
 
-/// Physical-address width that CPUID reports; paging entries with higher bits set are malformed.
-pub const PHYSICAL_BITS: u32 = 46;
-
-/// Walks for `linear` and checks the access; on success accessed (and for writes dirty) bits are set.
-pub fn translate(
-    state: &CpuState,
-    memory: &PhysMemory,
-    linear: u64,
-    access: Access,
-    privilege: Privilege,
-) -> Result<Translation, Fault> {
-    if state.cr0 & cr0::PG == 0 {
-        return Ok(Translation {
+impl Translation {
+    /// Of a linear address where paging is off.
+    fn unpaged(linear: u64) -> Self {
+        Self {
             physical: linear & 0xffff_f000,
             large: true,
             global: false,
@@ -65,40 +60,194 @@ pub fn translate(
             executable: true,
             dirty: true,
             key: 0,
-        });
+        }
     }
-    let fault = |code: u32| Fault::page(linear, code | access_bits(state, access, privilege));
+}
+
+/// How a walk reaches memory by guest-physical addresses.
+pub trait Physical {
+    /// Where the page of `gpa` is, for one access.
+    fn page(&mut self, gpa: u64, access: EptAccess) -> Result<EptPage, Refused>;
+    /// The memory that physical addresses name.
+    fn memory(&self) -> &PhysMemory;
+}
+
+/// Guest-physical addresses are physical.
+pub struct Direct<'a>(pub &'a PhysMemory);
+
+impl Physical for Direct<'_> {
+    #[inline(always)]
+    fn page(&mut self, gpa: u64, _: EptAccess) -> Result<EptPage, Refused> {
+        let physical = gpa & !4095;
+        Ok(EptPage { physical, large: false, write: true, execute_supervisor: true, execute_user: true })
+    }
+
+    #[inline(always)]
+    fn memory(&self) -> &PhysMemory {
+        self.0
+    }
+}
+
+/// Guest-physical addresses go through the second level ("The Extended Page Table Mechanism").
+pub struct Nested<'a> {
+    pub memory: &'a PhysMemory,
+    pub second: &'a mut dyn SecondLevel,
+}
+
+impl Physical for Nested<'_> {
+    fn page(&mut self, gpa: u64, access: EptAccess) -> Result<EptPage, Refused> {
+        self.second.translate(self.memory, gpa, access).map_err(|fault| Refused { gpa, access, fault })
+    }
+
+    fn memory(&self) -> &PhysMemory {
+        self.memory
+    }
+}
+
+/// The same for debuggers: nothing changes, and permissions do not count.
+struct Peek<'a> {
+    memory: &'a PhysMemory,
+    second: Option<&'a dyn SecondLevel>,
+}
+
+impl Physical for Peek<'_> {
+    fn page(&mut self, gpa: u64, access: EptAccess) -> Result<EptPage, Refused> {
+        let physical = match self.second {
+            Some(second) => second.peek(self.memory, gpa),
+            None => Some(gpa),
+        };
+        let fault = EptFault::Misconfiguration;
+        let physical = physical.ok_or(Refused { gpa, access, fault })? & !4095;
+        Ok(EptPage { physical, large: false, write: false, execute_supervisor: true, execute_user: true })
+    }
+
+    fn memory(&self) -> &PhysMemory {
+        self.memory
+    }
+}
+
+/// The second level refused an access.
+#[derive(Clone, Copy, Debug)]
+pub struct Refused {
+    /// All bits of the guest-physical address.
+    pub gpa: u64,
+    pub access: EptAccess,
+    pub fault: EptFault,
+}
+
+/// Why there is no translation.
+#[derive(Clone, Copy, Debug)]
+pub enum Failure {
+    Page(Fault),
+    /// With what the guest's paging structures say of the page if the access was to the page itself.
+    SecondLevel(Refused, Option<Translation>),
+}
+
+/// Why a walk ended early.
+enum Stop {
+    /// A page fault with these bits of the error code.
+    Page(u32),
+    SecondLevel(Refused),
+}
+
+impl From<Refused> for Stop {
+    fn from(refused: Refused) -> Self {
+        Self::SecondLevel(refused)
+    }
+}
+
+type Walked<T> = Result<T, Stop>;
+
+/// A read of a guest paging-structure entry.
+const READ_ENTRY: EptAccess = EptAccess { read: true, write: false, fetch: false, user: false, paging: true };
+/// Setting its accessed or dirty flag.
+const MARK_ENTRY: EptAccess = EptAccess { write: true, ..READ_ENTRY };
+
+/// Physical-address width that CPUID reports; paging entries with higher bits set are malformed.
+pub const PHYSICAL_BITS: u32 = 46;
+
+/// Walks for `linear` and checks the access; on success accessed (and for writes dirty) bits are set, and the final
+/// address has been through the second level.
+pub fn translate<P: Physical>(
+    state: &CpuState,
+    physical: &mut P,
+    linear: u64,
+    access: Access,
+    privilege: Privilege,
+) -> Result<Translation, Failure> {
+    let to = if state.cr0 & cr0::PG == 0 {
+        Translation::unpaged(linear)
+    } else {
+        let failure = |stop| match stop {
+            Stop::Page(code) => {
+                Failure::Page(Fault::page(linear, code | access_bits(state, access, privilege)))
+            }
+            Stop::SecondLevel(refused) => Failure::SecondLevel(refused, None),
+        };
+        walk_and_mark(state, physical, linear, access, privilege).map_err(failure)?
+    };
+    let last = EptAccess {
+        read: access == Access::Read,
+        write: access == Access::Write,
+        fetch: access == Access::Fetch,
+        user: to.user,
+        paging: false,
+    };
+    match physical.page(to.physical | linear & 4095, last) {
+        Ok(page) => Ok(Translation {
+            physical: page.physical,
+            large: to.large || page.large,
+            dirty: to.dirty && page.write,
+            ..to
+        }),
+        Err(refused) => Err(Failure::SecondLevel(refused, Some(to))),
+    }
+}
+
+/// The guest's own part: to a guest-physical address that the access may use, with A/D bits set.
+fn walk_and_mark<P: Physical>(
+    state: &CpuState,
+    physical: &mut P,
+    linear: u64,
+    access: Access,
+    privilege: Privilege,
+) -> Walked<Translation> {
     // The walk is done again when another processor changed the leaf under us while we set its A/D bits.
     for _ in 0..64 {
-        let walked = if state.cr4 & cr4::PAE == 0 {
-            walk32(state, memory, linear)
-        } else {
-            walk64(state, memory, linear)
-        };
-        let walk = walked.map_err(fault)?;
-        check(state, &walk.to, access, privilege).map_err(fault)?;
-        if let Some(done) = walk.mark(memory, access == Access::Write) {
+        let walk = walk(state, physical, linear)?;
+        check(state, &walk.to, access, privilege)?;
+        if let Some(done) = walk.mark(physical, access == Access::Write)? {
             return Ok(done);
         }
     }
     // Another processor keeps rewriting the entry: take what is there without marking it, as if it had not been
     // cached; the next access walks again.
-    let walked =
-        if state.cr4 & cr4::PAE == 0 { walk32(state, memory, linear) } else { walk64(state, memory, linear) };
-    let walk = walked.map_err(fault)?;
-    check(state, &walk.to, access, privilege).map_err(fault)?;
+    let walk = walk(state, physical, linear)?;
+    check(state, &walk.to, access, privilege)?;
     Ok(walk.to)
 }
 
+#[inline(always)]
+fn walk<P: Physical>(state: &CpuState, physical: &mut P, linear: u64) -> Walked<Walk> {
+    if state.cr4 & cr4::PAE == 0 { walk32(state, physical, linear) } else { walk64(state, physical, linear) }
+}
+
 /// Physical address of `linear` if it is mapped, whatever the access rights, changing nothing: for debuggers and
-/// crash reports.
-pub fn peek(state: &CpuState, memory: &PhysMemory, linear: u64) -> Option<u64> {
-    if state.cr0 & cr0::PG == 0 {
-        return Some(linear & 0xffff_ffff);
-    }
-    let walk =
-        if state.cr4 & cr4::PAE == 0 { walk32(state, memory, linear) } else { walk64(state, memory, linear) };
-    walk.ok().map(|w| w.to.physical | linear & 4095)
+/// crash reports. `second` is the second level in use.
+pub(crate) fn peek(
+    state: &CpuState,
+    memory: &PhysMemory,
+    second: Option<&dyn SecondLevel>,
+    linear: u64,
+) -> Option<u64> {
+    let mut physical = Peek { memory, second };
+    let to = if state.cr0 & cr0::PG == 0 {
+        Translation::unpaged(linear)
+    } else {
+        walk(state, &mut physical, linear).ok()?.to
+    };
+    let page = physical.page(to.physical, EptAccess::default()).ok()?;
+    Some(page.physical | linear & 4095)
 }
 
 fn access_bits(state: &CpuState, access: Access, privilege: Privilege) -> u32 {
@@ -118,12 +267,12 @@ fn access_bits(state: &CpuState, access: Access, privilege: Privilege) -> u32 {
 
 /// "Determination of Access Rights" and "Protection Keys". The error code says PK whenever the key refuses, even if
 /// the access is refused for another reason as well.
-fn check(state: &CpuState, to: &Translation, access: Access, privilege: Privilege) -> Result<(), u32> {
+fn check(state: &CpuState, to: &Translation, access: Access, privilege: Privilege) -> Walked<()> {
     let by_key = access != Access::Fetch && key_refuses(state, to, access, privilege);
     if !by_key && rights_allow(state, to, access, privilege) {
         return Ok(());
     }
-    Err(pf_error::PRESENT | if by_key { pf_error::PROTECTION_KEY } else { 0 })
+    Err(Stop::Page(pf_error::PRESENT | if by_key { pf_error::PROTECTION_KEY } else { 0 }))
 }
 
 fn rights_allow(state: &CpuState, to: &Translation, access: Access, privilege: Privilege) -> bool {
@@ -153,15 +302,23 @@ fn key_refuses(state: &CpuState, to: &Translation, access: Access, privilege: Pr
     rights & 1 != 0 || rights & 2 != 0 && access == Access::Write && protects
 }
 
+/// A paging-structure entry that a walk used.
+#[derive(Clone, Copy, Default)]
+struct Used {
+    gpa: u64,
+    physical: u64,
+    value: u64,
+    /// The second level has nothing to say about a write to it.
+    writable: bool,
+}
+
 /// A finished walk, with the entries that led there, so that they can be marked.
 struct Walk {
     to: Translation,
-    /// Address, width and value of each entry used, root first.
-    entries: [(u64, u64); 5],
+    /// Root first.
+    entries: [Used; 5],
     count: usize,
     wide: bool,
-    /// PAE's PDPTE registers have no accessed bit; entries before this index are not marked.
-    first_marked: usize,
 }
 
 impl Walk {
@@ -176,30 +333,35 @@ impl Walk {
             dirty: false,
             key: 0,
         };
-        Self { to, entries: [(0, 0); 5], count: 0, wide, first_marked: 0 }
+        Self { to, entries: [Used::default(); 5], count: 0, wide }
     }
 
-    fn note(&mut self, address: u64, entry: u64) {
-        self.entries[self.count] = (address, entry);
+    fn note(&mut self, used: Used) {
+        self.entries[self.count] = used;
         self.count += 1;
-        self.to.user &= entry & paging::USER != 0;
-        self.to.writable &= entry & paging::WRITE != 0;
+        self.to.user &= used.value & paging::USER != 0;
+        self.to.writable &= used.value & paging::WRITE != 0;
     }
 
     /// Sets accessed bits, and the leaf's dirty bit for a write; none if an entry changed meanwhile.
-    fn mark(mut self, memory: &PhysMemory, write: bool) -> Option<Translation> {
-        for i in self.first_marked..self.count {
-            let (address, entry) = self.entries[i];
+    #[inline(always)]
+    fn mark<P: Physical>(mut self, physical: &mut P, write: bool) -> Result<Option<Translation>, Refused> {
+        for (i, used) in self.entries[..self.count].iter().enumerate() {
             let leaf = i + 1 == self.count;
-            let wanted = entry | paging::ACCESSED | if leaf && write { paging::DIRTY } else { 0 };
-            if wanted != entry && !exchange(memory, address, self.wide, entry, wanted) {
-                return None;
+            let wanted = used.value | paging::ACCESSED | if leaf && write { paging::DIRTY } else { 0 };
+            if wanted != used.value {
+                if !used.writable {
+                    physical.page(used.gpa, MARK_ENTRY)?;
+                }
+                if !exchange(physical.memory(), used.physical, self.wide, used.value, wanted) {
+                    return Ok(None);
+                }
             }
             if leaf {
                 self.to.dirty = wanted & paging::DIRTY != 0;
             }
         }
-        Some(self.to)
+        Ok(Some(self.to))
     }
 }
 
@@ -221,28 +383,34 @@ fn exchange(memory: &PhysMemory, address: u64, wide: bool, old: u64, new: u64) -
     done
 }
 
-/// Paging structures outside RAM read as all ones on a PC, which is a malformed entry.
-fn read64(memory: &PhysMemory, address: u64) -> u64 {
-    memory.entry64(address).map_or(u64::MAX, |e| e.load(Ordering::Acquire))
-}
-
-fn read32(memory: &PhysMemory, address: u64) -> u64 {
-    u64::from(memory.entry32(address).map_or(u32::MAX, |e| e.load(Ordering::Acquire)))
+/// Reads the entry at `gpa`. Paging structures outside RAM read as all ones on a PC, which is a malformed entry.
+#[inline(always)]
+fn entry<P: Physical>(physical: &mut P, gpa: u64, wide: bool) -> Result<Used, Refused> {
+    let page = physical.page(gpa, READ_ENTRY)?;
+    let at = page.physical | gpa & 4095;
+    let memory = physical.memory();
+    let value = if wide {
+        memory.entry64(at).map_or(u64::MAX, |e| e.load(Ordering::Acquire))
+    } else {
+        u64::from(memory.entry32(at).map_or(u32::MAX, |e| e.load(Ordering::Acquire)))
+    };
+    Ok(Used { gpa, physical: at, value, writable: page.write })
 }
 
 /// 32-bit paging.
-fn walk32(state: &CpuState, memory: &PhysMemory, linear: u64) -> Result<Walk, u32> {
+fn walk32<P: Physical>(state: &CpuState, physical: &mut P, linear: u64) -> Walked<Walk> {
     let mut walk = Walk::new(false);
     let pde_at = (state.cr3 & 0xffff_f000) | ((linear >> 22 & 0x3ff) << 2);
-    let pde = read32(memory, pde_at);
+    let used = entry(physical, pde_at, false)?;
+    let pde = used.value;
     if pde & paging::PRESENT == 0 {
-        return Err(0);
+        return Err(Stop::Page(0));
     }
-    walk.note(pde_at, pde);
+    walk.note(used);
     if pde & paging::LARGE != 0 && state.cr4 & cr4::PSE != 0 {
         // Bits 20:13 are address bits 39:32 (PSE-36), bit 21 is reserved.
         if pde & 1 << 21 != 0 {
-            return Err(pf_error::PRESENT | pf_error::RESERVED);
+            return Err(Stop::Page(pf_error::PRESENT | pf_error::RESERVED));
         }
         walk.to.physical = (pde & 0xffc0_0000) | (pde >> 13 & 0xff) << 32 | (linear & 0x3f_f000);
         walk.to.large = true;
@@ -250,11 +418,12 @@ fn walk32(state: &CpuState, memory: &PhysMemory, linear: u64) -> Result<Walk, u3
         return Ok(walk);
     }
     let pte_at = (pde & 0xffff_f000) | ((linear >> 12 & 0x3ff) << 2);
-    let pte = read32(memory, pte_at);
+    let used = entry(physical, pte_at, false)?;
+    let pte = used.value;
     if pte & paging::PRESENT == 0 {
-        return Err(0);
+        return Err(Stop::Page(0));
     }
-    walk.note(pte_at, pte);
+    walk.note(used);
     walk.to.physical = pte & 0xffff_f000;
     walk.to.global = pte & paging::GLOBAL != 0 && state.cr4 & cr4::PGE != 0;
     Ok(walk)
@@ -269,7 +438,7 @@ fn reserved64(state: &CpuState) -> u64 {
 }
 
 /// PAE, 4-level and 5-level paging.
-fn walk64(state: &CpuState, memory: &PhysMemory, linear: u64) -> Result<Walk, u32> {
+fn walk64<P: Physical>(state: &CpuState, physical: &mut P, linear: u64) -> Walked<Walk> {
     let mut walk = Walk::new(true);
     let reserved = reserved64(state);
     let (mut table, mut level) = if state.long_mode() {
@@ -277,16 +446,17 @@ fn walk64(state: &CpuState, memory: &PhysMemory, linear: u64) -> Result<Walk, u3
     } else {
         let pdpte = state.pdptes[(linear >> 30 & 3) as usize];
         if pdpte & paging::PRESENT == 0 {
-            return Err(0);
+            return Err(Stop::Page(0));
         }
         (pdpte & paging::ADDRESS, 2)
     };
     loop {
         let shift = 12 + 9 * (level - 1);
         let at = (table & !0xfff) | ((linear >> shift & 0x1ff) << 3);
-        let entry = read64(memory, at);
+        let used = entry(physical, at, true)?;
+        let entry = used.value;
         if entry & paging::PRESENT == 0 {
-            return Err(0);
+            return Err(Stop::Page(0));
         }
         let large = entry & paging::LARGE != 0 && level > 1;
         let mut malformed = entry & reserved != 0 || large && level > 3;
@@ -295,9 +465,9 @@ fn walk64(state: &CpuState, memory: &PhysMemory, linear: u64) -> Result<Walk, u3
             malformed |= entry & ((1 << shift) - (1 << 13)) != 0;
         }
         if malformed {
-            return Err(pf_error::PRESENT | pf_error::RESERVED);
+            return Err(Stop::Page(pf_error::PRESENT | pf_error::RESERVED));
         }
-        walk.note(at, entry);
+        walk.note(used);
         walk.to.executable &= entry & paging::NX == 0;
         if level == 1 || large {
             let size = 1u64 << shift;

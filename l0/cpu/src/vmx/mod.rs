@@ -11,6 +11,8 @@
 //!   the registers as the SDM has them saved. The owner enters and leaves by setting `state` and calling
 //!   [`crate::Cpu::enter_non_root`] and [`crate::Cpu::leave_non_root`].
 
+mod ept;
+
 use std::any::Any;
 
 use vmcs_shadow::Vmcs;
@@ -45,6 +47,28 @@ pub struct Vmx {
     /// Details of the last [`crate::Exit::Vm`].
     pub exit: VmExit,
 }
+
+impl Vmx {
+    /// Guest-physical addresses go through [`Vmx::second_level`].
+    #[inline(always)]
+    pub fn nested_paging(&self) -> bool {
+        self.operation == Operation::NonRoot && self.controls.ept()
+    }
+
+    /// What names translations besides the PCID: virtual processor and EPT pointer.
+    pub(crate) fn space(&self) -> (u32, u64) {
+        match self.operation {
+            Operation::NonRoot => {
+                let eptp = if self.controls.ept() { self.controls.ept_pointer & EP4TA } else { 0 };
+                (self.controls.vpid_tag, eptp)
+            }
+            Operation::Off | Operation::Root => (0, 0),
+        }
+    }
+}
+
+/// Bits of an EPT pointer that hold the address of the root table, which translations are tagged with.
+pub const EP4TA: u64 = 0x000f_ffff_ffff_f000;
 
 /// The VM-execution controls in force, with addresses that are physical to this processor. Fields that their control
 /// bits do not use are meaningless.
@@ -121,6 +145,11 @@ impl Controls {
         self.secondary & bits != 0
     }
 
+    /// Accessed and dirty flags for EPT are in use.
+    pub fn ept_flags(&self) -> bool {
+        self.ept_pointer & 1 << 6 != 0
+    }
+
     /// Extended page tables are in use.
     #[inline(always)]
     pub fn ept(&self) -> bool {
@@ -195,6 +224,8 @@ pub enum EptFault {
 pub trait SecondLevel: Send {
     /// Translates and sets accessed and dirty flags.
     fn translate(&mut self, memory: &PhysMemory, gpa: u64, access: EptAccess) -> Result<EptPage, EptFault>;
+    /// Physical address of `gpa` if something maps it, whatever the permissions, changing nothing.
+    fn peek(&self, memory: &PhysMemory, gpa: u64) -> Option<u64>;
     /// Makes `pointer` the EPT pointer (VMFUNC leaf 0); false if VM entry would refuse it.
     fn set_root(&mut self, pointer: u64) -> bool;
     /// The owner's own type.
@@ -205,7 +236,6 @@ impl Cpu {
     /// Ends non-root operation, or hands a VMX instruction of root operation to the owner. Whatever else the exit
     /// information has, the caller adds to [`Vmx::exit`].
     #[cold]
-    #[allow(dead_code)] // Its callers come with the exits.
     pub(crate) fn vm_exit(&mut self, reason: u32, qualification: u64) -> Trap {
         self.vmx.exit = VmExit { reason, qualification, ..VmExit::default() };
         self.exit = Exit::Vm;
