@@ -314,7 +314,7 @@ fn open_engine(config: &MachineConfig) -> Result<Option<KvmHost>, RunError> {
 }
 
 /// Guest RAM as the software CPU takes it.
-fn software_memory(ram: &Ram) -> Arc<PhysMemory> {
+pub(crate) fn software_memory(ram: &Ram) -> Arc<PhysMemory> {
     let ranges = ram
         .memory
         .iter()

@@ -9,6 +9,7 @@ use ept_merge::{
     Access, Capabilities, Ept02, ExecuteControl, Fault, Identity, L1Gpa, L2Gpa, Limits, Log, Memory, Page,
     Permissions, Root, check_eptp,
 };
+use turtles_cpu::mmu::walk::PHYSICAL_BITS;
 use turtles_cpu::phys::PhysMemory;
 use turtles_cpu::vmx::{EptAccess, EptFault, EptPage, SecondLevel};
 
@@ -20,16 +21,18 @@ pub struct CombinedTables {
 
 impl CombinedTables {
     /// Nothing is cached, and no EPT pointer in force yet.
-    pub fn new(caps: Capabilities) -> Self {
+    pub fn new(capabilities: &vmcs_shadow::caps::Capabilities) -> Self {
+        let caps = Capabilities::from_msr(capabilities.ept_vpid(), PHYSICAL_BITS);
         let root = Root::new(0, ExecuteControl::Single);
         Self { ept02: Ept02::new(Limits::default(), caps, root), faults: 0 }
     }
 
     /// Puts an EPT pointer that VM entry accepted in force, with the VMCS's mode-based execute control and
-    /// page-modification log.
-    pub fn select(&mut self, eptp: u64, execute: ExecuteControl, log: Option<Log>) {
+    /// page-modification log (its address and index).
+    pub fn select(&mut self, eptp: u64, mode_based: bool, log: Option<(u64, u16)>) {
+        let execute = if mode_based { ExecuteControl::ModeBased } else { ExecuteControl::Single };
         self.ept02.select(Root::new(eptp, execute));
-        self.ept02.log = log;
+        self.ept02.log = log.map(|(address, index)| Log { address: L1Gpa(address), index });
     }
 
     /// The page-modification log's index, if there is a log.
@@ -37,9 +40,19 @@ impl CombinedTables {
         self.ept02.log.map(|log| log.index)
     }
 
-    /// INVEPT. The CPU's own translations are for its owner to forget.
-    pub fn invalidate(&mut self, what: Invalidation) {
-        self.ept02.invalidate(what);
+    /// INVEPT of a single context. The CPU's own translations are for its owner to forget.
+    pub fn invalidate_context(&mut self, eptp: u64) {
+        self.ept02.invalidate(Invalidation::of(eptp));
+    }
+
+    /// INVEPT of all contexts.
+    pub fn invalidate_all(&mut self) {
+        self.ept02.invalidate(Invalidation::AllContexts);
+    }
+
+    /// The part of an EPT pointer by which INVEPT knows its context.
+    pub fn context(eptp: u64) -> u64 {
+        Root::table_of(eptp).0
     }
 
     pub fn capabilities(&self) -> &Capabilities {
@@ -131,5 +144,75 @@ impl Memory for Physical<'_> {
 
     fn write_log(&self, address: L1Gpa, value: u64) {
         self.0.write(address.0, &value.to_le_bytes());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Arc;
+
+    use vm_memory::{Bytes, GuestAddress};
+
+    use crate::memory::Ram;
+    use crate::vm::software_memory;
+
+    /// A machine's memory in which L2-physical page 0 is L1-physical 0x9000, by tables from 0x1000 on.
+    fn memory() -> (Ram, Arc<PhysMemory>) {
+        let ram = Ram::new(16 << 20).unwrap();
+        for (at, entry) in [(0x1000u64, 0x2007u64), (0x2000, 0x3007), (0x3000, 0x4007), (0x4000, 0x9037)] {
+            ram.memory.write_obj(entry, GuestAddress(at)).unwrap();
+        }
+        let physical = software_memory(&ram);
+        (ram, physical)
+    }
+
+    fn tables() -> CombinedTables {
+        CombinedTables::new(&vmcs_shadow::caps::Capabilities::default())
+    }
+
+    const WRITE: EptAccess = EptAccess { read: true, write: true, fetch: false, user: false, paging: false };
+    const USER_FETCH: EptAccess =
+        EptAccess { read: false, write: false, fetch: true, user: true, paging: false };
+
+    #[test]
+    fn the_cpu_finds_l2s_memory_and_its_flags_and_log_are_kept() {
+        let (_ram, memory) = memory();
+        let mut tables = tables();
+        tables.select(0x105e, false, Some((0x8000, 511)));
+        let page = tables.translate(&memory, 0x123, WRITE).unwrap();
+        assert_eq!((page.physical, page.large, page.write), (0x9000, false, true));
+        assert!(page.execute_supervisor && page.execute_user);
+        assert_eq!(memory.read_u64(0x4000), Some(0x9337));
+        assert_eq!(memory.read_u64(0x8000 + 511 * 8), Some(0));
+        assert_eq!(tables.log_index(), Some(510));
+        assert_eq!(tables.peek(&memory, 0x123), Some(0x9123));
+        assert_eq!((tables.walks(), tables.faults()), (1, 0));
+    }
+
+    #[test]
+    fn what_the_entries_refuse_is_told_in_the_bits_of_the_exit_qualification() {
+        let (_ram, memory) = memory();
+        let mut tables = tables();
+        tables.select(0x101e, true, None);
+        let refused = tables.translate(&memory, 0, USER_FETCH);
+        assert_eq!(refused, Err(EptFault::Violation { allowed: 0x38, suppress_ve: false }));
+        let missing = tables.translate(&memory, 0x1000, WRITE);
+        assert_eq!(missing, Err(EptFault::Violation { allowed: 0, suppress_ve: false }));
+        assert!(memory.compare_exchange_u64(0x4008, 0, 2));
+        assert_eq!(tables.translate(&memory, 0x1000, WRITE), Err(EptFault::Misconfiguration));
+        assert_eq!(tables.faults(), 3);
+    }
+
+    #[test]
+    fn only_good_pointers_become_roots() {
+        let (_ram, memory) = memory();
+        let mut tables = tables();
+        tables.select(0x101e, false, None);
+        assert!(!tables.set_root(0x1001));
+        assert!(tables.translate(&memory, 0, WRITE).is_ok());
+        assert!(tables.set_root(0x501e));
+        assert!(tables.translate(&memory, 0, WRITE).is_err());
+        assert_eq!(CombinedTables::context(0x505e), 0x5000);
     }
 }
