@@ -6,9 +6,12 @@
 
 pub mod access;
 pub mod caps;
+pub mod check;
 pub mod encoding;
+pub mod event;
 pub mod field;
 pub mod region;
+pub mod segment;
 
 pub use access::Access;
 pub use caps::Capabilities;
