@@ -351,8 +351,10 @@ impl Cpu {
             if let Err(trap) = (op.handler)(self, op) {
                 self.state.rip = self.wrap_ip(base.wrapping_add(u64::from(op.at)));
                 self.state.instructions += (i - first) as u64;
-                if self.fault_is_on_stack(trap, op) {
-                    self.fault.vector = vector::SS;
+                match trap {
+                    Trap::Fault if self.fault_is_on_stack(op) => self.fault.vector = vector::SS,
+                    Trap::Exit => self.vmx.exit.instruction_length = u32::from(op.next.wrapping_sub(op.at)),
+                    Trap::Fault | Trap::Again => {}
                 }
                 return Err(trap);
             }
@@ -373,9 +375,9 @@ impl Cpu {
     /// A non-canonical address relative to SS is #SS(0); the memory path, which does not know the segment, has
     /// raised #GP(0).
     #[cold]
-    fn fault_is_on_stack(&mut self, trap: Trap, op: &Op) -> bool {
+    fn fault_is_on_stack(&mut self, op: &Op) -> bool {
         let non_canonical = std::mem::take(&mut self.non_canonical);
-        trap == Trap::Fault && non_canonical && self.fault.vector == vector::GP && op.seg == Seg::Ss as u8
+        non_canonical && self.fault.vector == vector::GP && op.seg == Seg::Ss as u8
     }
 
     /// Forgets all decoded code: guest memory may have been changed behind our back (by another engine).

@@ -228,6 +228,8 @@ pub struct Msrs {
     pub xss: u64,
     pub bios_sign_id: u64,
     pub mcg_status: u64,
+    /// IA32_FEATURE_CONTROL of a processor with VMX.
+    pub feature_control: u64,
     pub mtrr: Mtrrs,
 }
 
@@ -251,6 +253,7 @@ impl Default for Msrs {
             xss: 0,
             bios_sign_id: 0,
             mcg_status: 0,
+            feature_control: 0,
             mtrr: Mtrrs::default(),
         }
     }

@@ -89,6 +89,7 @@ pub(super) const BASE: FeatureSet = FeatureSet::of(&[
 pub(super) const TURTLES: FeatureSet = BASE.with(FeatureSet::of(&[
     F::Sse3,
     F::Pclmulqdq,
+    F::Vmx,
     F::Ssse3,
     F::Fma,
     F::Cx16,
@@ -213,6 +214,8 @@ pub(super) const DEPENDENCIES: &[(Feature, Feature)] = &[
     (F::Rdtscp, F::Tsc),
     (F::Stibp, F::SpecCtrl),
     (F::Mtrr, F::Msr),
+    (F::Vmx, F::Msr),
+    (F::Vmx, F::Lm),
 ];
 
 /// What an instruction-set extension, as iced names it, asks of a model.
@@ -290,6 +293,7 @@ pub(super) fn needed_feature(feature: iced_x86::CpuidFeature) -> Need {
         I::SYSCALL => F::Syscall,
         I::TSC => F::Tsc,
         I::VAES => F::Vaes,
+        I::INVEPT | I::INVVPID | I::VMX => F::Vmx,
         I::VPCLMULQDQ => F::Vpclmulqdq,
         I::XSAVE => F::Xsave,
         I::XSAVEC => F::Xsavec,

@@ -339,10 +339,12 @@ mod tests {
         let base = CpuModel::parse("base").unwrap();
         let popcnt = Instruction::with2(Code::Popcnt_r64_rm64, RAX, RCX).unwrap();
         assert!(!base.allows(&popcnt) && CpuModel::default().allows(&popcnt));
+        let vmlaunch = Instruction::with(Code::Vmlaunch);
+        assert!(!base.allows(&vmlaunch) && CpuModel::default().allows(&vmlaunch));
         for code in [Code::Endbr64, Code::Pause, Code::Wbnoinvd, Code::Nopd, Code::Syscall, Code::Iretq] {
             assert!(base.allows(&Instruction::with(code)), "{code:?}");
         }
-        for code in [Code::Vmlaunch, Code::Xend, Code::Vmmcall, Code::Getsecd] {
+        for code in [Code::Xend, Code::Vmmcall, Code::Getsecd] {
             assert!(!CpuModel::default().allows(&Instruction::with(code)), "{code:?}");
         }
     }

@@ -1,6 +1,7 @@
 //! Control and debug registers, XCR0, and invalidation of translations.
 
 use iced_x86::{Instruction, Mnemonic, OpKind};
+use x86defs::vmx::secondary;
 use x86defs::{cr0, cr3, cr4, dr, efer, paging, segment, xcr0};
 
 use crate::Cpu;
@@ -11,6 +12,7 @@ use crate::mmu::walk::PHYSICAL_BITS;
 use crate::op::{Cold, ColdHandler};
 use crate::state::{Seg, reg};
 use crate::trap::{Exec, Fault};
+use crate::vmx::Operation;
 
 /// How this family executes `insn`, if it is its own.
 pub(crate) fn lower(insn: &Instruction) -> Option<ColdHandler> {
@@ -73,6 +75,7 @@ impl Cpu {
             (Feature::Smep, cr4::SMEP),
             (Feature::Smap, cr4::SMAP),
             (Feature::Pku, cr4::PKE),
+            (Feature::Vmx, cr4::VMXE),
         ];
         BY_FEATURE.iter().filter(|f| self.model.has(f.0)).fold(cr4::PCE, |mask, f| mask | f.1)
     }
@@ -133,6 +136,15 @@ impl Cpu {
         self.tlb.flush_spaces(false, own);
     }
 
+    /// CR0 bits that must stay set in VMX operation ("Restrictions on VMX Operation").
+    fn cr0_fixed(&self) -> u64 {
+        match self.vmx.operation {
+            Operation::Off => 0,
+            Operation::NonRoot if self.vmx.controls.has_secondary(secondary::UNRESTRICTED_GUEST) => cr0::NE,
+            Operation::Root | Operation::NonRoot => cr0::PE | cr0::NE | cr0::PG,
+        }
+    }
+
     /// MOV to CR0.
     pub(crate) fn set_cr0(&mut self, value: u64) -> Exec {
         let old = self.state.cr0;
@@ -140,7 +152,7 @@ impl Cpu {
         let bad = value >> 32 != 0
             || new & cr0::PG != 0 && new & cr0::PE == 0
             || new & cr0::NW != 0 && new & cr0::CD == 0;
-        if bad {
+        if bad || new & self.cr0_fixed() != self.cr0_fixed() {
             return self.gp0();
         }
         let changed = old ^ new;
@@ -215,7 +227,8 @@ impl Cpu {
         let bad = value & !self.cr4_allowed() != 0
             || long && value & cr4::PAE == 0
             || long && changed & cr4::LA57 != 0
-            || changed & value & cr4::PCIDE != 0 && (!long || self.state.cr3 & cr3::PCID != 0);
+            || changed & value & cr4::PCIDE != 0 && (!long || self.state.cr3 & cr3::PCID != 0)
+            || self.vmx.operation != Operation::Off && value & cr4::VMXE == 0;
         if bad {
             return self.gp0();
         }

@@ -35,6 +35,7 @@ pub(crate) mod syscall;
 pub(crate) mod system;
 pub(crate) mod task;
 pub(crate) mod vector;
+pub(crate) mod vmx;
 pub(crate) mod x87;
 pub(crate) mod xstate;
 
@@ -48,7 +49,7 @@ pub(crate) fn lower_cold(insn: &Instruction) -> Option<ColdLowering> {
     type Lower = fn(&Instruction) -> Option<ColdHandler>;
     type Ends = fn(&Instruction) -> bool;
     const GOES_ON: Ends = |_| false;
-    const FAMILIES: [(Lower, Ends); 12] = [
+    const FAMILIES: [(Lower, Ends); 13] = [
         (bits::lower_cold, GOES_ON),
         (muldiv::lower_cold, GOES_ON),
         (stack::lower_cold, GOES_ON),
@@ -61,6 +62,7 @@ pub(crate) fn lower_cold(insn: &Instruction) -> Option<ColdLowering> {
         (syscall::lower, syscall::ends_block),
         (iret::lower, iret::ends_block),
         (far::lower, far::ends_block),
+        (vmx::lower, vmx::ends_block),
     ];
     for (lower, ends) in FAMILIES {
         if let Some(handler) = lower(insn) {

@@ -3,6 +3,7 @@
 
 use iced_x86::{Instruction, Mnemonic};
 use x86defs::msr::{self as m, apic_base};
+use x86defs::vmx::{feature_control, msr as capability};
 use x86defs::{cr0, efer};
 
 use crate::Cpu;
@@ -38,8 +39,10 @@ const MISC_READ_ONLY: u64 = 1 << 11 | 1 << 12;
 const MISC_PERFMON: u64 = 1 << 7;
 /// Fast strings, TCC, EIST, MONITOR, CPUID limit, xTPR disable, XD disable.
 const MISC_WRITABLE: u64 = 1 | 1 << 3 | 1 << 16 | 1 << 18 | MISC_LIMIT_CPUID | 1 << 23 | MISC_XD_DISABLE;
-/// IA32_FEATURE_CONTROL: locked, with no VMX.
-const FEATURE_CONTROL: u64 = 1;
+/// IA32_FEATURE_CONTROL without VMX.
+const FEATURE_CONTROL: u64 = feature_control::LOCK;
+/// Its bits with VMX (and without SMX).
+const FEATURE_CONTROL_BITS: u64 = feature_control::LOCK | feature_control::VMX_OUTSIDE_SMX;
 /// IA32_DEBUGCTL: LBR (accepted and forgotten) and BTF.
 const DEBUGCTL_LBR: u64 = 1;
 const DEBUGCTL_BTF: u64 = 2;
@@ -120,6 +123,7 @@ impl Cpu {
                 }
             }
             m::IA32_P5_MC_ADDR | m::IA32_P5_MC_TYPE | m::IA32_PLATFORM_ID => 0,
+            m::IA32_FEATURE_CONTROL if self.model.has(Feature::Vmx) => msrs.feature_control,
             m::IA32_FEATURE_CONTROL => FEATURE_CONTROL,
             m::IA32_BIOS_SIGN_ID => MICROCODE,
             m::MSR_PLATFORM_INFO => self.bus_ratio() << 8,
@@ -252,13 +256,14 @@ impl Cpu {
                 // No supervisor state components.
                 allow(value == 0)?;
             }
+            m::IA32_FEATURE_CONTROL => self.write_feature_control(value)?,
             m::IA32_PLATFORM_ID
-            | m::IA32_FEATURE_CONTROL
             | m::MSR_PLATFORM_INFO
             | m::IA32_PERF_STATUS
             | m::IA32_MCG_CAP
             | m::IA32_MTRRCAP
-            | m::IA32_ARCH_CAPABILITIES => return Err(MsrRefused),
+            | m::IA32_ARCH_CAPABILITIES
+            | capability::BASIC..=capability::VMFUNC => return Err(MsrRefused),
             _ => return self.write_long_msr(index, value),
         }
         Ok(())
@@ -312,6 +317,15 @@ impl Cpu {
             }
             self.state.msrs.mtrr.variable[i] = value;
         }
+        Ok(())
+    }
+
+    /// It can be written until it is locked.
+    fn write_feature_control(&mut self, value: u64) -> Answer<()> {
+        self.needs(Feature::Vmx)?;
+        let locked = self.state.msrs.feature_control & feature_control::LOCK != 0;
+        allow(!locked && value & !FEATURE_CONTROL_BITS == 0)?;
+        self.state.msrs.feature_control = value;
         Ok(())
     }
 

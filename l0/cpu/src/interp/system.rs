@@ -46,20 +46,7 @@ fn is_absent(mnemonic: Mnemonic) -> bool {
     use Mnemonic::*;
     matches!(
         mnemonic,
-        Vmcall
-            | Vmclear
-            | Vmfunc
-            | Vmlaunch
-            | Vmptrld
-            | Vmptrst
-            | Vmread
-            | Vmresume
-            | Vmwrite
-            | Vmxoff
-            | Vmxon
-            | Invept
-            | Invvpid
-            | Vmrun
+        Vmrun
             | Vmmcall
             | Vmload
             | Vmsave

@@ -12,10 +12,12 @@
 //!   [`crate::Cpu::enter_non_root`] and [`crate::Cpu::leave_non_root`].
 
 mod ept;
+pub(crate) mod information;
 
 use std::any::Any;
 
 use vmcs_shadow::Vmcs;
+use vmcs_shadow::access::Access;
 
 use crate::phys::PhysMemory;
 use crate::trap::Trap;
@@ -35,6 +37,8 @@ pub enum Operation {
 #[derive(Default)]
 pub struct Vmx {
     pub operation: Operation,
+    /// Which fields VMREAD and VMWRITE know.
+    pub access: Access,
     /// The VMCS that VMREAD and VMWRITE reach without an exit: in root operation the current one, in non-root
     /// operation with VMCS shadowing the one of the link pointer.
     pub current: Option<Box<Vmcs>>,

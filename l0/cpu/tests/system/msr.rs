@@ -2,7 +2,7 @@
 
 use iced_x86::code_asm::*;
 use turtles_cpu::state::{Seg, reg};
-use x86defs::{cr4, efer, msr};
+use x86defs::{cr4, efer, msr, vmx};
 
 use crate::machine::*;
 
@@ -61,7 +61,10 @@ fn what_may_be_written() {
         (msr::IA32_MISC_ENABLE, (1, Some(0x1801))),
         (msr::IA32_MISC_ENABLE, (1 << 40, bad)),
         (msr::IA32_MTRRCAP, (0x508, bad)),
-        (msr::IA32_FEATURE_CONTROL, (5, bad)),
+        (msr::IA32_FEATURE_CONTROL, same(4)),
+        (msr::IA32_FEATURE_CONTROL, same(5)),
+        (msr::IA32_FEATURE_CONTROL, (2, bad)),
+        (vmx::msr::BASIC, (0, bad)),
         (msr::IA32_ARCH_CAPABILITIES, (0, bad)),
         (msr::IA32_P5_MC_ADDR, same(0)),
         (msr::IA32_P5_MC_ADDR, (1, bad)),
@@ -142,4 +145,14 @@ fn features_the_model_lacks_are_undefined() {
         m.bytes(bytes);
         assert_eq!(m.vector(), 6, "{bytes:x?}");
     }
+}
+
+#[test]
+fn feature_control_is_written_until_it_is_locked() {
+    let mut m = Machine::long().with(|s| s.msrs.feature_control = 1);
+    m.set(reg::RCX, u64::from(msr::IA32_FEATURE_CONTROL));
+    m.set(reg::RAX, 5);
+    m.asm(|a| a.wrmsr().unwrap());
+    assert_eq!(m.fault(), (13, 0));
+    assert_eq!(m.cpu.state.msrs.feature_control, 1);
 }
