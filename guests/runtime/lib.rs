@@ -25,6 +25,7 @@ pub mod smp;
 pub mod tables;
 pub mod trap;
 pub mod user;
+pub mod vmx;
 
 pub use trap::Fault;
 

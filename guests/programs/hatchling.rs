@@ -1,0 +1,38 @@
+//! A tiny hypervisor of our own: every VMX instruction, VM-entry check, exit and injection, one case each.
+#![no_std]
+#![no_main]
+
+#[path = "hatchling/capabilities.rs"]
+mod capabilities;
+#[path = "hatchling/fields.rs"]
+mod fields;
+#[path = "hatchling/first.rs"]
+mod first;
+#[path = "hatchling/instructions.rs"]
+mod instructions;
+#[path = "hatchling/want.rs"]
+mod want;
+
+use rt::report::abort;
+use rt::{user, vmx};
+
+#[unsafe(no_mangle)]
+extern "C" fn guest_main() {
+    if !vmx::VMX.present() {
+        return rt::report::skip("everything about VMX", "VMX");
+    }
+    user::map_window();
+    capabilities::before_vmxon();
+    match vmx::on() {
+        Ok(vmxon_region) => in_vmx_operation(vmxon_region),
+        Err(failure) => abort(format_args!("VMXON: {failure}")),
+    }
+    capabilities::after_vmxoff();
+}
+
+fn in_vmx_operation(vmxon_region: u64) {
+    instructions::without_vmcs(vmxon_region);
+    instructions::with_vmcs(vmxon_region);
+    fields::all();
+    first::all();
+}
