@@ -19,6 +19,7 @@ use rt::{user, vmx};
 #[unsafe(no_mangle)]
 extern "C" fn guest_main() {
     if !vmx::VMX.present() {
+        capabilities::without_vmx();
         return rt::report::skip("everything about VMX", "VMX");
     }
     user::map_window();

@@ -22,6 +22,14 @@ const INSTRUCTIONS: [(&str, &[u8]); 11] = [
     ("INVVPID", &[0x66, 0x0f, 0x38, 0x81, 0x00]),
 ];
 
+/// Where CPUID shows no VMX, its instructions do not exist. (VMCALL is left out: hypervisors answer it.)
+pub fn without_vmx() {
+    let region = 0u64;
+    faulted("#UD: VMXON without VMX", &probe!(["vmxon [{p}]"], p = in(reg) &region), trap::UD, 0, 0);
+    faulted("#UD: VMPTRLD without VMX", &probe!(["vmptrld [{p}]"], p = in(reg) &region), trap::UD, 0, 0);
+    faulted("#UD: VMXOFF without VMX", &probe!(["vmxoff"]), trap::UD, 0, 0);
+}
+
 /// Everything that can be seen outside VMX operation.
 pub fn before_vmxon() {
     basic();
