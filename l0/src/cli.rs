@@ -122,6 +122,9 @@ struct RunArgs {
     #[arg(long, value_enum, value_name = "CLOCK", default_value = "host", hide_possible_values = true)]
     #[arg(help_heading = "How to run it")]
     clock: ClockArg,
+    /// Say why, with the rule and the fields, whenever a VMX instruction or a VM entry of the guest fails
+    #[arg(long, help_heading = "How to run it")]
+    explain: bool,
     /// Say at the end what was executed
     #[arg(long, help_heading = "How to run it")]
     stats: bool,
@@ -148,6 +151,7 @@ impl RunArgs {
             engine: self.engine,
             rng: !self.no_rng,
             balloon: self.balloon,
+            explain: self.explain,
         }
     }
 }

@@ -39,6 +39,8 @@ pub struct MachineConfig {
     pub rng: bool,
     /// Adds a virtio-balloon device.
     pub balloon: bool,
+    /// Tell why VMX instructions and VM entries fail.
+    pub explain: bool,
 }
 
 impl MachineConfig {
@@ -60,6 +62,7 @@ impl MachineConfig {
             engine: EngineConfig::Soft,
             rng: false,
             balloon: false,
+            explain: false,
         }
     }
 

@@ -1,9 +1,8 @@
 //! Everything that can go wrong before or while a guest runs, as one line that says what to do.
 
-use turtles_cpu::cpuid::CpuModelError;
-
 use crate::boot::BootError;
 use crate::config::ConfigError;
+use crate::cpu_option::CpuOptionError;
 use crate::devices::pci::PciError;
 use crate::devices::virtio::{BlockError, TapError};
 use crate::engine::EngineError;
@@ -17,7 +16,7 @@ pub enum RunError {
     Config(#[from] ConfigError),
     /// Unknown CPU model or flag.
     #[error(transparent)]
-    Cpu(#[from] CpuModelError),
+    Cpu(#[from] CpuOptionError),
     /// Guest RAM.
     #[error(transparent)]
     Memory(#[from] MemoryError),

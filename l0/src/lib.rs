@@ -2,8 +2,8 @@
 //!
 //! - [`vm`] builds a machine from a [`config`] and runs it; [`vcpu`] is one vCPU's loop
 //! - [`engine`] executes vCPUs: the software CPU (crate `turtles_cpu`) or the host's KVM
+//! - [`nested`] is the virtual VMX that guest hypervisors use
 //! - [`devices`] are the PC's chips, wired in [`chipset`]; [`clock`] is guest time, [`memory`] guest RAM
-//! - [`nested`] is virtual VMX: L1's guests
 //! - [`boot`] puts kernels into memory
 //! - [`demo`], [`doctor`], [`crash`], [`console`], [`signals`] are what a person sees
 
@@ -12,6 +12,7 @@ pub mod chipset;
 pub mod clock;
 pub mod config;
 pub mod console;
+pub mod cpu_option;
 pub mod crash;
 pub mod demo;
 pub mod devices;

@@ -8,7 +8,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use turtles_cpu::attention::Attention;
 use turtles_cpu::bus::{Bus as CpuBus, MsrRefused};
 use turtles_cpu::state::Activity;
+use turtles_cpu::vmx::Operation;
 use turtles_cpu::{Cpu, Exit};
+use vmcs_shadow::caps::Capabilities;
+use x86defs::vmx::{pin, reason};
 use x86defs::{msr, rflags};
 
 use crate::clock::{Clock, ClockSource};
@@ -16,6 +19,7 @@ use crate::crash::CrashReport;
 use crate::devices::irqchip::IrqChip;
 use crate::devices::{Bus, MachineControl, MachineEvent};
 use crate::engine::{Engine, EngineError};
+use crate::nested::{After, Nested};
 use crate::vcpu_signal::VcpuSignal;
 use crate::vm::Stop;
 
@@ -36,6 +40,8 @@ pub struct MachineBus {
     pub clock: Arc<Clock>,
     /// This vCPU's mailbox.
     pub signal: Arc<VcpuSignal>,
+    /// What VMX the guest is told of.
+    pub vmx: Option<Arc<Capabilities>>,
     /// State of the generator behind RDRAND when time is virtual; none takes the host's random bits.
     pub seed: Option<u64>,
 }
@@ -85,6 +91,9 @@ impl CpuBus for MachineBus {
         match msr {
             msr::IA32_APIC_BASE => Ok(self.irqchip.apic_base(self.index)),
             msr::IA32_TSC_DEADLINE => Ok(self.irqchip.tsc_deadline(self.index)),
+            msr::IA32_VMX_BASIC..=msr::IA32_VMX_VMFUNC => {
+                self.vmx.as_ref().and_then(|vmx| vmx.msr(msr)).ok_or(MsrRefused)
+            }
             _ => self.irqchip.apic_msr_read(self.index, msr).map_err(|_| MsrRefused),
         }
     }
@@ -146,6 +155,10 @@ pub struct Vcpu {
     pub cpu: Cpu,
     /// What executes it.
     pub engine: Box<dyn Engine>,
+    /// Its virtual VMX, if it has any.
+    pub nested: Option<Nested>,
+    /// An INIT signal that VMX root operation blocks.
+    pub init_pending: bool,
     /// Its mailbox.
     pub signal: Arc<VcpuSignal>,
     /// Interrupt controllers (INIT resets the local APIC).
@@ -196,12 +209,10 @@ impl Vcpu {
             Exit::Budget | Exit::InterruptWindow => State::Running,
             Exit::Halted => State::Waiting,
             Exit::Attention => self.attend(),
-            Exit::Vm => State::Running,
-            Exit::Shutdown => {
-                self.stop.crashed(CrashReport::new(self.index, &self.cpu));
-                self.stop.request(MachineEvent::Reset);
-                State::Stopped
-            }
+            Exit::Vm => self.vm_exit(),
+            // L2 entered in the shutdown state: it stays there until something L1 wants to see happens.
+            Exit::Shutdown if self.cpu.vmx.operation == Operation::NonRoot => State::Waiting,
+            Exit::Shutdown => self.shut_down(),
         })
     }
 
@@ -210,6 +221,32 @@ impl Vcpu {
         match self.clock.source() {
             ClockSource::Host => SLICE,
             ClockSource::Virtual => self.clock.instructions_to_deadline().unwrap_or(SLICE).clamp(1, SLICE),
+        }
+    }
+
+    fn shut_down(&mut self) -> State {
+        self.stop.crashed(CrashReport::new(self.index, &self.cpu));
+        self.stop.request(MachineEvent::Reset);
+        State::Stopped
+    }
+
+    /// A VMX instruction of L1, or an exit of L2.
+    fn vm_exit(&mut self) -> State {
+        let Some(nested) = &mut self.nested else { return self.shut_down() };
+        if nested.handle(&mut self.cpu) == After::Shutdown {
+            return self.shut_down();
+        }
+        if self.init_pending && self.cpu.vmx.operation != Operation::Root {
+            self.init_pending = false;
+            self.init();
+        }
+        self.by_activity()
+    }
+
+    fn by_activity(&self) -> State {
+        match self.cpu.state.activity {
+            Activity::Active => State::Running,
+            _ => State::Waiting,
         }
     }
 
@@ -225,16 +262,34 @@ impl Vcpu {
             self.init();
         }
         if seen & Attention::SIPI != 0 && self.cpu.state.activity == Activity::WaitForSipi {
-            self.cpu.state.start_up(self.signal.sipi_vector());
-            self.cpu.state_changed();
+            self.start_up();
         }
-        match self.cpu.state.activity {
-            Activity::Active => State::Running,
-            _ => State::Waiting,
+        self.by_activity()
+    }
+
+    fn start_up(&mut self) {
+        let vector = self.signal.sipi_vector();
+        if let (Operation::NonRoot, Some(nested)) = (self.cpu.vmx.operation, &mut self.nested) {
+            nested.signal_exit(&mut self.cpu, reason::SIPI, u64::from(vector));
+            return;
         }
+        self.cpu.state.start_up(vector);
+        self.cpu.state_changed();
     }
 
     fn init(&mut self) {
+        match (self.cpu.vmx.operation, &mut self.nested) {
+            (Operation::Root, _) => {
+                // "INIT signals are blocked in VMX root operation" and stay pending.
+                self.init_pending = true;
+                return;
+            }
+            (Operation::NonRoot, Some(nested)) => {
+                nested.signal_exit(&mut self.cpu, reason::INIT, 0);
+                return;
+            }
+            _ => {}
+        }
         self.irqchip.init(self.index);
         self.cpu.state.init();
         if self.index == 0 {
@@ -250,6 +305,7 @@ impl Vcpu {
         let signals = Attention::INIT | Attention::SIPI | Attention::CANCEL;
         let wake_by = match self.cpu.state.activity {
             Activity::Active => return State::Running,
+            activity if self.cpu.vmx.operation == Operation::NonRoot => signals | self.wakes_l2(activity),
             Activity::Halted if self.cpu.state.rflags() & rflags::IF != 0 => {
                 signals | Attention::NMI | Attention::INTERRUPT
             }
@@ -264,5 +320,27 @@ impl Vcpu {
         self.signal.wait(wake_by, None);
         let seen = self.signal.attention.get();
         if seen & signals != 0 { self.attend() } else { State::Running }
+    }
+
+    /// What ends a wait of L2's: what L1 wants to see, and what L2 itself would take.
+    fn wakes_l2(&self, activity: Activity) -> u32 {
+        let controls = &self.cpu.vmx.controls;
+        let state = &self.cpu.state;
+        let mut bits = 0;
+        if activity == Activity::WaitForSipi {
+            return bits;
+        }
+        if controls.has_pin(pin::NMI_EXITING) || !state.nmi_blocked {
+            bits |= Attention::NMI;
+        }
+        if controls.has_pin(pin::PREEMPTION_TIMER) {
+            bits |= Attention::PREEMPTION;
+        }
+        let interrupts =
+            controls.has_pin(pin::EXTERNAL_INTERRUPT_EXITING) || state.rflags() & rflags::IF != 0;
+        if interrupts && activity == Activity::Halted {
+            bits |= Attention::INTERRUPT;
+        }
+        bits
     }
 }

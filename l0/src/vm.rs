@@ -11,12 +11,16 @@ use turtles_cpu::mmu::walk::PHYSICAL_BITS;
 use turtles_cpu::phys::{PhysMemory, RamRange};
 use turtles_cpu::state::{Activity, CpuState, X87State};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
+use vmcs_shadow::access::Access;
+use vmcs_shadow::caps::Capabilities;
 use x86defs::efer;
+use x86defs::vmx::feature_control;
 
 use crate::boot::{self, BootState};
 use crate::chipset::Chipset;
 use crate::clock::{Clock, ClockSource};
 use crate::config::{EngineConfig, FlatImage, KernelSource, MachineConfig};
+use crate::cpu_option::CpuOption;
 use crate::crash::CrashReport;
 use crate::devices::lapic::APIC_TIMER_HZ;
 use crate::devices::virtio::DmaObserver;
@@ -26,6 +30,7 @@ use crate::engine::kvm::{GuestTsc, KvmHost, KvmVm};
 use crate::engine::{Engine, Soft};
 use crate::error::RunError;
 use crate::memory::{HIGH_RAM_START, LOW_RAM_END, Ram};
+use crate::nested::{Explainer, Nested, PreemptionTimer};
 use crate::vcpu::{MachineBus, Vcpu};
 use crate::vcpu_signal::{VcpuSignal, lock};
 
@@ -129,7 +134,8 @@ impl Machine {
         if config.clock == ClockSource::Virtual && config.cpus != 1 {
             return Err(RunError::VirtualClockCpus);
         }
-        let model = CpuModel::parse(&config.cpu)?.with_clocks(tsc_hz, APIC_TIMER_HZ).with_cpus(config.cpus);
+        let asked = CpuOption::parse(&config.cpu)?;
+        let model = asked.model.with_clocks(tsc_hz, APIC_TIMER_HZ).with_cpus(config.cpus);
         for warning in model.warnings() {
             log::warn!("{warning}");
         }
@@ -165,14 +171,15 @@ impl Machine {
             engine: if kvm.is_some() { "kvm" } else { "soft" },
         };
         let vm = kvm.map(|host| KvmVm::new(&host, &ram)).transpose()?.map(Arc::new);
+        let vmx = asked.vmx.map(Arc::new);
         let model = Arc::new(model);
         for (index, signal) in signals.iter().enumerate() {
-            let vcpu = machine.vcpu(index, signal, &physical, &model, config, vm.as_ref())?;
+            let vcpu = machine.vcpu(index, signal, &physical, &model, vmx.as_ref(), config, vm.as_ref())?;
             machine.vcpus.push(vcpu);
         }
         if let Some(first) = machine.vcpus.first_mut() {
             first.cpu.state = cpu_state(&start);
-            leave_as_firmware(&mut first.cpu.state);
+            leave_as_firmware(&mut first.cpu.state, vmx.is_some());
             first.cpu.state_changed();
         }
         Ok(machine)
@@ -184,6 +191,7 @@ impl Machine {
         signal: &Arc<VcpuSignal>,
         physical: &Arc<PhysMemory>,
         model: &Arc<CpuModel>,
+        vmx: Option<&Arc<Capabilities>>,
         config: &MachineConfig,
         vm: Option<&Arc<KvmVm>>,
     ) -> Result<Vcpu, RunError> {
@@ -194,24 +202,35 @@ impl Machine {
             irqchip: Arc::clone(&self.chipset.irqchip),
             clock: Arc::clone(&self.clock),
             signal: Arc::clone(signal),
+            vmx: vmx.cloned(),
             seed: (config.clock == ClockSource::Virtual).then_some(1),
         };
         let attention = Arc::clone(&signal.attention);
         let mut cpu =
             Cpu::new(Arc::clone(physical), Box::new(bus), Arc::clone(model), attention, index as u32);
         cpu.state.activity = Activity::WaitForSipi;
-        leave_as_firmware(&mut cpu.state);
+        leave_as_firmware(&mut cpu.state, vmx.is_some());
         cpu.state_changed();
         let engine: Box<dyn Engine> = match vm {
             Some(vm) => Box::new(vm.vcpu(index, Arc::clone(signal), &cpu)?),
             None => Box::new(Soft),
         };
+        let nested = vmx.map(|capabilities| {
+            cpu.vmx.access = Access::new(capabilities);
+            let mut nested = Nested::new(Arc::clone(capabilities), PreemptionTimer::new(&self.clock, signal));
+            if config.explain {
+                nested.explain(Explainer::new(index));
+            }
+            nested
+        });
         let instructions = Arc::new(AtomicU64::new(0));
         self.counters.push(Arc::clone(&instructions));
         Ok(Vcpu {
             index,
             cpu,
             engine,
+            nested,
+            init_pending: false,
             signal: Arc::clone(signal),
             irqchip: Arc::clone(&self.chipset.irqchip),
             clock: Arc::clone(&self.clock),
@@ -361,13 +380,16 @@ fn flat_spec(flat: FlatImage) -> boot::FlatSpec {
 }
 
 /// What firmware would have set up on every CPU: an initialised x87 unit, and memory types (write-back, but
-/// uncacheable from the PCI window to 4 GiB).
-fn leave_as_firmware(state: &mut CpuState) {
+/// uncacheable from the PCI window to 4 GiB), and VMX allowed for good if there is VMX.
+fn leave_as_firmware(state: &mut CpuState, vmx: bool) {
     const WRITE_BACK: u64 = 6;
     const UNCACHEABLE: u64 = 0;
     const ENABLE: u64 = 1 << 11;
     const VALID: u64 = 1 << 11;
     state.x87 = X87State::default();
+    if vmx {
+        state.msrs.feature_control = feature_control::LOCK | feature_control::VMX_OUTSIDE_SMX;
+    }
     let mtrr = &mut state.msrs.mtrr;
     mtrr.def_type = ENABLE | WRITE_BACK;
     mtrr.variable[0] = LOW_RAM_END | UNCACHEABLE;

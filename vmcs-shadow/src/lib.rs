@@ -8,8 +8,10 @@ pub mod access;
 pub mod caps;
 pub mod check;
 pub mod encoding;
+pub mod error;
 pub mod event;
 pub mod field;
+pub mod reflect;
 pub mod region;
 pub mod segment;
 

@@ -23,6 +23,8 @@ impl Attention {
     pub const CANCEL: u32 = 1 << 4;
     /// Another vCPU began to execute from a page this one may hold a fast write translation for (edge).
     pub const FORGET_WRITES: u32 = 1 << 5;
+    /// The VMX-preemption timer may have run out: compare its deadline with the TSC (edge).
+    pub const PREEMPTION: u32 = 1 << 6;
 
     /// Sets `bits`; true when at least one of them was not set before.
     pub fn raise(&self, bits: u32) -> bool {

@@ -5,7 +5,7 @@ use x86defs::vmx::secondary;
 use x86defs::{cr0, cr3, cr4, dr, efer, paging, segment, xcr0};
 
 use crate::Cpu;
-use crate::cpuid::Feature;
+use crate::cpuid::{CpuModel, Feature};
 use crate::events::is_tss32;
 use crate::mmu::tlb::SpaceTag;
 use crate::mmu::walk::PHYSICAL_BITS;
@@ -54,9 +54,9 @@ const PDPTE_RESERVED: u64 = 0x1e6;
 const DR6_WRITABLE: u64 = 0xe00f;
 const DR7_WRITABLE: u64 = 0xffff_23ff;
 
-impl Cpu {
+impl CpuModel {
     /// CR4 bits that the model has.
-    fn cr4_allowed(&self) -> u64 {
+    pub fn cr4_allowed(&self) -> u64 {
         const BY_FEATURE: &[(Feature, u64)] = &[
             (Feature::Vme, cr4::VME | cr4::PVI),
             (Feature::Tsc, cr4::TSD),
@@ -77,26 +77,34 @@ impl Cpu {
             (Feature::Pku, cr4::PKE),
             (Feature::Vmx, cr4::VMXE),
         ];
-        BY_FEATURE.iter().filter(|f| self.model.has(f.0)).fold(cr4::PCE, |mask, f| mask | f.1)
+        BY_FEATURE.iter().filter(|f| self.has(f.0)).fold(cr4::PCE, |mask, f| mask | f.1)
     }
+}
 
+impl Cpu {
     /// The PDPTE registers under `cr3`; none if a present one has reserved bits set.
     pub(crate) fn read_pdptes(&mut self, cr3: u64) -> Exec<Option<[u64; 4]>> {
-        let reserved = PDPTE_RESERVED | !((1u64 << PHYSICAL_BITS) - 1);
         let table = cr3 & 0xffff_ffe0;
         // Aligned, so within a page.
         let table = self.guest_physical_page(table)? | table & 4095;
+        Ok(self.pdptes_at(table))
+    }
+
+    /// The four PDPTEs at physical address `table` (bits below 5 are ignored); none if a present one has reserved bits
+    /// set.
+    pub fn pdptes_at(&self, table: u64) -> Option<[u64; 4]> {
+        let reserved = PDPTE_RESERVED | !((1u64 << PHYSICAL_BITS) - 1);
         let mut pdptes = [0; 4];
         for (i, pdpte) in pdptes.iter_mut().enumerate() {
-            let at = table + 8 * i as u64;
+            let at = (table & !0x1f) + 8 * i as u64;
             let value =
                 self.memory.entry64(at).map_or(u64::MAX, |e| e.load(std::sync::atomic::Ordering::Acquire));
             if value & paging::PRESENT != 0 && value & reserved != 0 {
-                return Ok(None);
+                return None;
             }
             *pdpte = value;
         }
-        Ok(Some(pdptes))
+        Some(pdptes)
     }
 
     /// Loads the PDPTE registers or raises #GP(0).
@@ -224,7 +232,7 @@ impl Cpu {
         let old = self.state.cr4;
         let changed = old ^ value;
         let long = self.state.long_mode();
-        let bad = value & !self.cr4_allowed() != 0
+        let bad = value & !self.model.cr4_allowed() != 0
             || long && value & cr4::PAE == 0
             || long && changed & cr4::LA57 != 0
             || changed & value & cr4::PCIDE != 0 && (!long || self.state.cr3 & cr3::PCID != 0)

@@ -13,6 +13,7 @@
 
 mod ept;
 pub(crate) mod information;
+mod owner;
 
 use std::any::Any;
 
