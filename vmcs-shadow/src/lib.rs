@@ -10,6 +10,7 @@ pub mod check;
 pub mod encoding;
 pub mod error;
 pub mod event;
+pub mod exit_policy;
 pub mod field;
 pub mod reflect;
 pub mod region;
