@@ -196,6 +196,7 @@ impl Cpu {
     /// Goes on in non-root operation under `controls`; `state` is the guest's, set by the owner.
     pub fn enter_non_root(&mut self, controls: Controls) {
         self.vmx.controls = controls;
+        self.vmx.pause_loop = None;
         self.vmx.operation = Operation::NonRoot;
         self.refresh_space();
         self.attend();

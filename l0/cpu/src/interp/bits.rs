@@ -1,6 +1,7 @@
 //! Bit tests and scans, counts, CRC32, ADX, BMI1 and BMI2.
 
 use iced_x86::{Instruction, Mnemonic, OpKind};
+use x86defs::vmx::{reason, secondary};
 
 use super::address::{Addressing, Checked};
 use super::arith::width;
@@ -316,6 +317,11 @@ fn crc32(cpu: &mut Cpu, cold: &Cold) -> Exec {
 
 /// RDRAND and RDSEED: the owner's random bits.
 fn random(cpu: &mut Cpu, cold: &Cold) -> Exec {
+    let (bit, reason) = match cold.insn.mnemonic() {
+        Mnemonic::Rdrand => (secondary::RDRAND_EXITING, reason::RDRAND),
+        _ => (secondary::RDSEED_EXITING, reason::RDSEED),
+    };
+    cpu.exit_on_random(&cold.insn, bit, reason)?;
     let bits = cpu.bus().random();
     let register = cold.insn.op0_register();
     let size = register.size();

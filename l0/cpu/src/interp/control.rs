@@ -1,7 +1,7 @@
 //! Control and debug registers, XCR0, and invalidation of translations.
 
-use iced_x86::{Instruction, Mnemonic, OpKind};
-use x86defs::vmx::secondary;
+use iced_x86::{Instruction, Mnemonic, OpKind, Register};
+use x86defs::vmx::{reason, secondary};
 use x86defs::{cr0, cr3, cr4, dr, efer, paging, segment, xcr0};
 
 use crate::Cpu;
@@ -254,10 +254,16 @@ impl Cpu {
         Ok(())
     }
 
-    /// The value of debug register `n` (0 to 7) after the access checks of MOV from and to debug registers.
-    fn debug_register(&mut self, n: usize) -> Exec<usize> {
+    /// The number of a debug register after the access checks of MOV from and to it.
+    fn debug_register(&mut self, register: Register, other: Register, from: bool) -> Exec<usize> {
+        let n = register.number();
         let aliased = matches!(n, 4 | 5);
-        if n > 7 || aliased && self.state.cr4 & cr4::DE != 0 {
+        if n > 7 {
+            return Err(self.raise(Fault::ud()));
+        }
+        // The VM exit comes before all other faults.
+        self.exit_on_mov_dr(n as u64, other, from)?;
+        if aliased && self.state.cr4 & cr4::DE != 0 {
             return Err(self.raise(Fault::ud()));
         }
         self.require_cpl0()?;
@@ -279,7 +285,10 @@ fn mov_to_cr(cpu: &mut Cpu, cold: &Cold) -> Exec {
         return Err(cpu.raise(Fault::ud()));
     }
     cpu.require_cpl0()?;
-    let value = source(cpu, cold);
+    let mut value = source(cpu, cold);
+    if cpu.non_root() {
+        value = cpu.guest_cr_write(number as u64, value, &cold.insn)?;
+    }
     match number {
         0 => cpu.set_cr0(value),
         2 => {
@@ -305,11 +314,12 @@ fn mov_from_cr(cpu: &mut Cpu, cold: &Cold) -> Exec {
         return Err(cpu.raise(Fault::ud()));
     }
     cpu.require_cpl0()?;
+    cpu.exit_on_cr_read(number as u64, &cold.insn)?;
     let value = match number {
-        0 => cpu.state.cr0,
+        0 => cpu.shown_cr0(),
         2 => cpu.state.cr2,
         3 => cpu.state.cr3,
-        4 => cpu.state.cr4,
+        4 => cpu.shown_cr4(),
         _ => u64::from(cpu.bus().cr8()),
     };
     cpu.write_register(cold.insn.op0_register(), value);
@@ -317,7 +327,7 @@ fn mov_from_cr(cpu: &mut Cpu, cold: &Cold) -> Exec {
 }
 
 fn mov_to_dr(cpu: &mut Cpu, cold: &Cold) -> Exec {
-    let n = cpu.debug_register(cold.insn.op0_register().number())?;
+    let n = cpu.debug_register(cold.insn.op0_register(), cold.insn.op1_register(), false)?;
     let value = source(cpu, cold);
     if n >= 6 && value >> 32 != 0 {
         return cpu.gp0();
@@ -333,7 +343,7 @@ fn mov_to_dr(cpu: &mut Cpu, cold: &Cold) -> Exec {
 }
 
 fn mov_from_dr(cpu: &mut Cpu, cold: &Cold) -> Exec {
-    let n = cpu.debug_register(cold.insn.op1_register().number())?;
+    let n = cpu.debug_register(cold.insn.op1_register(), cold.insn.op0_register(), true)?;
     let value = match n {
         6 => cpu.state.dr6,
         7 => cpu.state.dr7,
@@ -348,28 +358,29 @@ fn lmsw(cpu: &mut Cpu, cold: &Cold) -> Exec {
     let value = cpu.read_operand(cold, 0, 2)?;
     // PE can be set, not cleared.
     let changes = cr0::MP | cr0::EM | cr0::TS | value & cr0::PE;
+    let changes = changes & cpu.guest_lmsw(value, &cold.insn)?;
     cpu.set_cr0(cpu.state.cr0 & !changes | value & changes)
 }
 
 fn smsw(cpu: &mut Cpu, cold: &Cold) -> Exec {
     cpu.check_umip()?;
-    let value = cpu.state.cr0;
+    let value = cpu.shown_cr0();
     let size = if cold.insn.op0_kind() == OpKind::Memory { 2 } else { cold.insn.op0_register().size() };
     cpu.write_operand(cold, 0, size, value)
 }
 
 fn clts(cpu: &mut Cpu, _: &Cold) -> Exec {
     cpu.require_cpl0()?;
-    cpu.state.cr0 &= !cr0::TS;
+    if cpu.guest_clts()? {
+        cpu.state.cr0 &= !cr0::TS;
+    }
     Ok(())
 }
 
 fn invlpg(cpu: &mut Cpu, cold: &Cold) -> Exec {
     cpu.require_cpl0()?;
-    let offset = cpu.effective_address(&cold.insn);
-    let seg = super::operands::memory_segment(&cold.insn);
-    let base = cpu.linear_base[seg as usize];
-    let linear = cpu.wrap(base.wrapping_add(offset));
+    let linear = cpu.unchecked_linear(&cold.insn);
+    cpu.exit_on_invlpg(linear)?;
     if cpu.code_bits == 64 && !cpu.is_canonical(linear) {
         // INVLPG of a non-canonical address does nothing.
         return Ok(());
@@ -382,7 +393,9 @@ fn invlpg(cpu: &mut Cpu, cold: &Cold) -> Exec {
 
 fn invpcid(cpu: &mut Cpu, cold: &Cold) -> Exec {
     cpu.require(Feature::Invpcid)?;
+    cpu.require_enabled(secondary::ENABLE_INVPCID)?;
     cpu.require_cpl0()?;
+    cpu.exit_on_invpcid(&cold.insn)?;
     let linear = cpu.operand_linear(&cold.insn, 16, false)?;
     let kind = cpu.read_register(cold.insn.op0_register());
     let pcid = cpu.load::<u64>(linear)?;
@@ -434,6 +447,7 @@ fn xgetbv(cpu: &mut Cpu, _: &Cold) -> Exec {
 fn xsetbv(cpu: &mut Cpu, _: &Cold) -> Exec {
     check_osxsave(cpu)?;
     cpu.require_cpl0()?;
+    cpu.exit_always(reason::XSETBV)?;
     let value = cpu.state.gpr.get(reg::RDX) << 32 | cpu.state.gpr.get(reg::RAX) & 0xffff_ffff;
     let bad = cpu.state.gpr.get(reg::RCX) as u32 != 0
         || value & !cpu.model.xcr0_allowed() != 0

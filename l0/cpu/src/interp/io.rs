@@ -9,6 +9,8 @@ use crate::events::is_tss32;
 use crate::op::{Cold, ColdHandler};
 use crate::state::{Seg, reg};
 use crate::trap::{Exec, Fault, Trap};
+use crate::vmx::information::address_size;
+use crate::vmx::instructions::PortAccess;
 
 /// How this family executes `insn`, if it is its own.
 pub(crate) fn lower(insn: &Instruction) -> Option<ColdHandler> {
@@ -98,6 +100,8 @@ fn input(cpu: &mut Cpu, cold: &Cold) -> Exec {
     let size = cold.insn.op0_register().size();
     let port = port_operand(cpu, &cold.insn, 1);
     cpu.check_port(port, size)?;
+    let immediate = cold.insn.op1_kind() != OpKind::Register;
+    cpu.exit_on_port(PortAccess { port, size, input: true, immediate })?;
     let value = cpu.read_port(port, size);
     cpu.write_register(cold.insn.op0_register(), value);
     Ok(())
@@ -107,6 +111,8 @@ fn output(cpu: &mut Cpu, cold: &Cold) -> Exec {
     let size = cold.insn.op1_register().size();
     let port = port_operand(cpu, &cold.insn, 0);
     cpu.check_port(port, size)?;
+    let immediate = cold.insn.op0_kind() != OpKind::Register;
+    cpu.exit_on_port(PortAccess { port, size, input: false, immediate })?;
     let value = cpu.read_register(cold.insn.op1_register());
     cpu.write_port(port, size, value);
     Ok(())
@@ -167,11 +173,24 @@ impl StringIo {
         left & self.mask == 0
     }
 
+    /// The VM exit, before the segment's checks.
+    fn exit_if_asked(&self, cpu: &mut Cpu) -> Exec {
+        let input = self.index == reg::RDI;
+        let access = PortAccess { port: self.port, size: self.size, input, immediate: false };
+        let linear = cpu.wrap(cpu.linear_base[self.seg as usize].wrapping_add(self.offset(cpu)));
+        let bits = 64 - self.mask.leading_zeros();
+        let information = address_size(bits) << 7 | (self.seg as u32) << 15;
+        cpu.exit_on_string_port(access, self.repeat, linear, information)
+    }
+
     fn run(&self, cpu: &mut Cpu, element: fn(&mut Cpu, &Self) -> Exec) -> Exec {
         // The privilege is checked even if nothing is to be moved.
         cpu.check_port(self.port, self.size)?;
         if self.repeat && cpu.state.gpr.get(reg::RCX) & self.mask == 0 {
             return Ok(());
+        }
+        if cpu.non_root() {
+            self.exit_if_asked(cpu)?;
         }
         for _ in 0..MAX_BURST {
             element(cpu, self)?;

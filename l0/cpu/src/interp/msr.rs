@@ -110,7 +110,7 @@ impl Cpu {
         }
         let msrs = &self.state.msrs;
         Ok(match index {
-            m::IA32_TSC => self.read_tsc(),
+            m::IA32_TSC => self.shown_tsc(),
             m::IA32_TSC_ADJUST => {
                 self.needs(Feature::TscAdjust)?;
                 msrs.tsc_adjust
@@ -378,7 +378,9 @@ impl Cpu {
 
 fn rdmsr(cpu: &mut Cpu, _: &Cold) -> Exec {
     cpu.require_cpl0()?;
-    match cpu.read_msr(cpu.state.gpr.get(reg::RCX) as u32) {
+    let index = cpu.state.gpr.get(reg::RCX) as u32;
+    cpu.exit_on_msr(index, false)?;
+    match cpu.read_msr(index) {
         Ok(value) => {
             cpu.state.gpr.set(reg::RAX, value & 0xffff_ffff);
             cpu.state.gpr.set(reg::RDX, value >> 32);
@@ -390,8 +392,10 @@ fn rdmsr(cpu: &mut Cpu, _: &Cold) -> Exec {
 
 fn wrmsr(cpu: &mut Cpu, _: &Cold) -> Exec {
     cpu.require_cpl0()?;
+    let index = cpu.state.gpr.get(reg::RCX) as u32;
+    cpu.exit_on_msr(index, true)?;
     let value = cpu.state.gpr.get(reg::RDX) << 32 | cpu.state.gpr.get(reg::RAX) & 0xffff_ffff;
-    match cpu.write_msr(cpu.state.gpr.get(reg::RCX) as u32, value) {
+    match cpu.write_msr(index, value) {
         Ok(()) => Ok(()),
         Err(MsrRefused) => Err(cpu.raise(Fault::gp(0))),
     }

@@ -2,6 +2,7 @@
 //! only look at descriptors (LAR, LSL, VERR, VERW, ARPL).
 
 use iced_x86::{Instruction, Mnemonic, OpKind};
+use x86defs::vmx::reason;
 use x86defs::{cr4, rflags, segment, vector};
 
 use super::descriptor::{Descriptor, Found, is_null, rpl};
@@ -265,6 +266,7 @@ impl Cpu {
 fn lldt(cpu: &mut Cpu, cold: &Cold) -> Exec {
     cpu.require_protected()?;
     cpu.require_cpl0()?;
+    cpu.exit_on_descriptor_table(&cold.insn, reason::LDTR_TR_ACCESS, 2, false)?;
     let selector = cpu.read_operand(cold, 0, 2)? as u16;
     cpu.load_ldtr(selector)
 }
@@ -272,6 +274,7 @@ fn lldt(cpu: &mut Cpu, cold: &Cold) -> Exec {
 fn ltr(cpu: &mut Cpu, cold: &Cold) -> Exec {
     cpu.require_protected()?;
     cpu.require_cpl0()?;
+    cpu.exit_on_descriptor_table(&cold.insn, reason::LDTR_TR_ACCESS, 3, false)?;
     let selector = cpu.read_operand(cold, 0, 2)? as u16;
     cpu.load_tr(selector)
 }
@@ -279,6 +282,8 @@ fn ltr(cpu: &mut Cpu, cold: &Cold) -> Exec {
 fn store_system_selector(cpu: &mut Cpu, cold: &Cold) -> Exec {
     cpu.require_protected()?;
     cpu.check_umip()?;
+    let identity = u32::from(cold.insn.mnemonic() == Mnemonic::Str);
+    cpu.exit_on_descriptor_table(&cold.insn, reason::LDTR_TR_ACCESS, identity, false)?;
     let register = if cold.insn.mnemonic() == Mnemonic::Str { &cpu.state.tr } else { &cpu.state.ldtr };
     let selector = u64::from(register.selector);
     cpu.write_operand(cold, 0, 2, selector)
@@ -287,6 +292,8 @@ fn store_system_selector(cpu: &mut Cpu, cold: &Cold) -> Exec {
 fn load_table(cpu: &mut Cpu, cold: &Cold) -> Exec {
     cpu.require_cpl0()?;
     let (wide, narrow) = (cpu.code_bits == 64, operand16(&cold.insn));
+    let identity = if cold.insn.mnemonic() == Mnemonic::Lgdt { 2 } else { 3 };
+    cpu.exit_on_descriptor_table(&cold.insn, reason::GDTR_IDTR_ACCESS, identity, !narrow)?;
     let size = if wide { 10 } else { 6 };
     let linear = cpu.operand_linear(&cold.insn, size, false)?;
     let limit = cpu.load::<u16>(linear)?;
@@ -308,11 +315,17 @@ fn load_table(cpu: &mut Cpu, cold: &Cold) -> Exec {
 
 fn operand16(insn: &Instruction) -> bool {
     use iced_x86::Code;
-    matches!(insn.code(), Code::Lgdt_m1632_16 | Code::Lidt_m1632_16)
+    matches!(
+        insn.code(),
+        Code::Lgdt_m1632_16 | Code::Lidt_m1632_16 | Code::Sgdt_m1632_16 | Code::Sidt_m1632_16
+    )
 }
 
 fn store_table(cpu: &mut Cpu, cold: &Cold) -> Exec {
     cpu.check_umip()?;
+    let identity = u32::from(cold.insn.mnemonic() == Mnemonic::Sidt);
+    let wide = !operand16(&cold.insn);
+    cpu.exit_on_descriptor_table(&cold.insn, reason::GDTR_IDTR_ACCESS, identity, wide)?;
     let table = if cold.insn.mnemonic() == Mnemonic::Sgdt { cpu.state.gdtr } else { cpu.state.idtr };
     let base_size = if cpu.code_bits == 64 { 8 } else { 4 };
     let linear = cpu.operand_linear(&cold.insn, base_size + 2, true)?;

@@ -2,6 +2,7 @@
 
 use iced_x86::{Instruction, Mnemonic};
 use x86defs::cr4;
+use x86defs::vmx::{primary, reason, secondary};
 
 use crate::Cpu;
 use crate::cpuid::{Dynamic, Feature};
@@ -14,9 +15,11 @@ pub(crate) fn lower(insn: &Instruction) -> Option<ColdHandler> {
     Some(match insn.mnemonic() {
         Mnemonic::Hlt => hlt,
         // CLDEMOTE is a hint, and RDSSP does nothing without shadow stacks.
-        Mnemonic::Pause | Mnemonic::Cldemote | Mnemonic::Rdsspd | Mnemonic::Rdsspq => nothing,
-        Mnemonic::Invd | Mnemonic::Wbinvd => cache_control,
-        Mnemonic::Wbnoinvd => wbnoinvd,
+        Mnemonic::Cldemote | Mnemonic::Rdsspd | Mnemonic::Rdsspq => nothing,
+        Mnemonic::Pause => pause,
+        Mnemonic::Invd => invd,
+        // Without the feature WBNOINVD's prefix is ignored and it is WBINVD: the same here.
+        Mnemonic::Wbinvd | Mnemonic::Wbnoinvd => wbinvd,
         Mnemonic::Clflush => clflush,
         Mnemonic::Clflushopt => clflushopt,
         Mnemonic::Clwb => clwb,
@@ -100,6 +103,7 @@ fn absent(cpu: &mut Cpu, _: &Cold) -> Exec {
 
 fn hlt(cpu: &mut Cpu, _: &Cold) -> Exec {
     cpu.require_cpl0()?;
+    cpu.exit_on_primary(primary::HLT_EXITING, reason::HLT)?;
     cpu.state.activity = Activity::Halted;
     cpu.attend();
     Ok(())
@@ -109,14 +113,19 @@ fn nothing(_: &mut Cpu, _: &Cold) -> Exec {
     Ok(())
 }
 
-/// Guest memory is coherent, so there is nothing to write back or drop.
-fn cache_control(cpu: &mut Cpu, _: &Cold) -> Exec {
-    cpu.require_cpl0()
+fn pause(cpu: &mut Cpu, _: &Cold) -> Exec {
+    if cpu.non_root() { cpu.exit_on_pause() } else { Ok(()) }
 }
 
-fn wbnoinvd(cpu: &mut Cpu, cold: &Cold) -> Exec {
-    // Without the feature the prefix is ignored and it is WBINVD: the same here.
-    cache_control(cpu, cold)
+/// Guest memory is coherent, so there is nothing to write back or drop.
+fn invd(cpu: &mut Cpu, _: &Cold) -> Exec {
+    cpu.require_cpl0()?;
+    cpu.exit_always(reason::INVD)
+}
+
+fn wbinvd(cpu: &mut Cpu, _: &Cold) -> Exec {
+    cpu.require_cpl0()?;
+    cpu.exit_on_secondary(secondary::WBINVD_EXITING, reason::WBINVD)
 }
 
 /// A cache-line flush checks its address as a load of one byte does.
@@ -185,15 +194,18 @@ impl Cpu {
 fn rdtsc(cpu: &mut Cpu, _: &Cold) -> Exec {
     cpu.require(Feature::Tsc)?;
     cpu.check_tsd()?;
-    let tsc = cpu.read_tsc();
+    cpu.exit_on_primary(primary::RDTSC_EXITING, reason::RDTSC)?;
+    let tsc = cpu.shown_tsc();
     cpu.set_pair(tsc);
     Ok(())
 }
 
 fn rdtscp(cpu: &mut Cpu, _: &Cold) -> Exec {
     cpu.require(Feature::Rdtscp)?;
+    cpu.require_enabled(secondary::ENABLE_RDTSCP)?;
     cpu.check_tsd()?;
-    let tsc = cpu.read_tsc();
+    cpu.exit_on_primary(primary::RDTSC_EXITING, reason::RDTSCP)?;
+    let tsc = cpu.shown_tsc();
     cpu.set_pair(tsc);
     cpu.state.gpr.set(reg::RCX, cpu.state.msrs.tsc_aux & 0xffff_ffff);
     Ok(())
@@ -201,16 +213,21 @@ fn rdtscp(cpu: &mut Cpu, _: &Cold) -> Exec {
 
 fn rdpid(cpu: &mut Cpu, cold: &Cold) -> Exec {
     cpu.require(Feature::Rdpid)?;
+    cpu.require_enabled(secondary::ENABLE_RDTSCP)?;
     cpu.write_register(cold.insn.op0_register(), cpu.state.msrs.tsc_aux);
     Ok(())
 }
 
 /// There are no performance counters, so every counter number is bad.
 fn rdpmc(cpu: &mut Cpu, _: &Cold) -> Exec {
+    if cpu.state.cpl == 0 || cpu.state.cr4 & cr4::PCE != 0 {
+        cpu.exit_on_primary(primary::RDPMC_EXITING, reason::RDPMC)?;
+    }
     Err(cpu.raise(Fault::gp(0)))
 }
 
 fn cpuid(cpu: &mut Cpu, _: &Cold) -> Exec {
+    cpu.exit_always(reason::CPUID)?;
     let leaf = cpu.state.gpr.get(reg::RAX) as u32;
     let subleaf = cpu.state.gpr.get(reg::RCX) as u32;
     let [eax, ebx, ecx, edx] = cpu.cpuid_now(leaf, subleaf);

@@ -11,6 +11,7 @@
 mod tests;
 
 use iced_x86::{Instruction, Mnemonic};
+use x86defs::vmx::{reason, secondary};
 use x86defs::{cr0, cr4, vector, xcr0};
 
 use super::vector::exceptions::MXCSR_VALID;
@@ -209,17 +210,20 @@ fn check_fx(cpu: &mut Cpu) -> Exec {
 }
 
 /// Checks common to the XSAVE family; gives the requested-feature bitmap.
-fn requested(cpu: &mut Cpu, form: Form) -> Exec<u64> {
+fn requested(cpu: &mut Cpu, form: Form, saves: bool) -> Exec<u64> {
+    let edx_eax = cpu.state.gpr.get(reg::RDX) << 32 | cpu.state.gpr.get(reg::RAX) & 0xffff_ffff;
     if cpu.state.cr4 & cr4::OSXSAVE == 0 {
         return Err(cpu.raise(Fault::ud()));
     }
-    if form == Form::Supervisor && cpu.state.cpl > 0 {
-        return Err(cpu.raise(Fault::gp(0)));
+    if form == Form::Supervisor {
+        cpu.require_enabled(secondary::ENABLE_XSAVES)?;
+        cpu.require_cpl0()?;
+        let reason = if saves { reason::XSAVES } else { reason::XRSTORS };
+        cpu.exit_on_supervisor_state(edx_eax, reason)?;
     }
     if cpu.state.cr0 & cr0::TS != 0 {
         return Err(cpu.raise(Fault::plain(vector::NM)));
     }
-    let edx_eax = cpu.state.gpr.get(reg::RDX) << 32 | cpu.state.gpr.get(reg::RAX) & 0xffff_ffff;
     let enabled = match form {
         Form::Supervisor => cpu.state.xcr0 | cpu.state.msrs.xss,
         Form::Plain | Form::Optimised | Form::Compacted => cpu.state.xcr0,
@@ -256,7 +260,7 @@ impl Layout {
 }
 
 fn xsave(cpu: &mut Cpu, cold: &Cold, form: Form) -> Exec {
-    let rfbm = requested(cpu, form)?;
+    let rfbm = requested(cpu, form, true)?;
     let compacts = matches!(form, Form::Compacted | Form::Supervisor);
     let layout = if compacts { Layout::compacted(rfbm) } else { Layout::STANDARD };
     let inuse = xinuse(&cpu.state) & rfbm;
@@ -332,7 +336,7 @@ struct Image {
 }
 
 fn xrstor(cpu: &mut Cpu, cold: &Cold, form: Form) -> Exec {
-    let rfbm = requested(cpu, form)?;
+    let rfbm = requested(cpu, form, false)?;
     let smallest = LEGACY_SIZE + HEADER_SIZE;
     let linear = image_linear(cpu, &cold.insn, smallest, 64, false)?;
     let image = read_image(cpu, cold, linear, rfbm, form)?;

@@ -13,6 +13,7 @@
 
 mod ept;
 pub(crate) mod information;
+pub(crate) mod instructions;
 mod owner;
 
 use std::any::Any;
@@ -51,6 +52,8 @@ pub struct Vmx {
     pub second_level: Option<Box<dyn SecondLevel>>,
     /// Details of the last [`crate::Exit::Vm`].
     pub exit: VmExit,
+    /// The last PAUSEs, since the last VM entry.
+    pub(crate) pause_loop: Option<instructions::PauseLoop>,
 }
 
 impl Vmx {

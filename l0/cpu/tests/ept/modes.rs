@@ -133,7 +133,7 @@ fn turning_paging_on_reads_the_pdptes_through_the_second_level() {
         s.pdptes = [0; 4];
     });
     m.asm(|a| a.mov(cr0, eax).unwrap());
-    m.set(reg::RAX, cr0::PG | cr0::PE | cr0::ET);
+    m.set(reg::RAX, cr0::PG | cr0::PE | cr0::ET | cr0::NE);
     let mut g = Guest::new(m);
     g.allow(PDPTES, 0);
     assert_eq!(g.violation(), (READ, 0, PDPTES));

@@ -1,0 +1,8 @@
+//! VMX of the software CPU on small assembled programs: what causes VM exits, and what they say. Expectations are those
+//! of the SDM's VMX chapters.
+
+mod guest;
+mod instructions;
+#[path = "../system/machine.rs"]
+#[allow(dead_code)]
+mod machine;
