@@ -447,7 +447,6 @@ pub(crate) fn lower(insn: &Instruction, op: &mut Op, flat: bool) -> Option<Handl
         | Mnemonic::Prefetchw
         | Mnemonic::Prefetch
         | Mnemonic::Lfence
-        | Mnemonic::Pause
         | Mnemonic::Reservednop => Some(nop),
         Mnemonic::Mfence | Mnemonic::Sfence => Some(fence),
         _ => None,

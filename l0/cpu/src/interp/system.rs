@@ -40,7 +40,12 @@ pub(crate) fn lower(insn: &Instruction) -> Option<ColdHandler> {
 pub(crate) fn ends_block(insn: &Instruction) -> bool {
     !matches!(
         insn.mnemonic(),
-        Mnemonic::Clflush | Mnemonic::Clflushopt | Mnemonic::Clwb | Mnemonic::Rdpid | Mnemonic::Rdpkru
+        Mnemonic::Clflush
+            | Mnemonic::Clflushopt
+            | Mnemonic::Clwb
+            | Mnemonic::Rdpid
+            | Mnemonic::Rdpkru
+            | Mnemonic::Pause
     )
 }
 

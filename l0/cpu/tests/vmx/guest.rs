@@ -7,9 +7,6 @@ use x86defs::{cr0, cr4};
 
 use crate::machine::Machine;
 
-/// Bitmaps and lists that controls point to.
-pub const BITMAP: u64 = 0x1_8000;
-
 /// In non-root operation under `controls`.
 pub fn non_root(machine: Machine, controls: Controls) -> Machine {
     let mut m = machine.with(|s| {

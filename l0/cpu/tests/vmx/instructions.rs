@@ -29,7 +29,7 @@ fn unconditional_and_conditional_exits() {
         let mut m = long(controls.clone());
         let exit = exit_of(&mut m, *program);
         let expected = VmExit { reason: *reason, instruction_length: *length, ..VmExit::default() };
-        assert_eq!(exit, expected);
+        assert_eq!(exit, expected, "{}", reason::name(expected.reason));
         assert_eq!(m.cpu.state.rip, CODE);
     }
 }
