@@ -15,6 +15,7 @@ mod guest_state;
 mod host_state;
 mod leave;
 mod msr_lists;
+mod route;
 pub mod second_level;
 mod timer;
 mod vmx_insn;
@@ -25,6 +26,7 @@ use turtles_cpu::Cpu;
 use turtles_cpu::vmx::{Operation, VmExit};
 use vmcs_shadow::Vmcs;
 use vmcs_shadow::caps::Capabilities;
+use vmcs_shadow::exit_policy::Handler;
 use x86defs::vmx::reason;
 
 pub use explain::Explainer;
@@ -94,7 +96,12 @@ impl Nested {
     }
 
     fn exit_of_l2(&mut self, cpu: &mut Cpu) -> After {
-        self.reflect(cpu)
+        match self.vmcs12.as_ref().map(|vmcs12| route::handler(cpu, vmcs12)) {
+            Some(Handler::L1) => self.reflect(cpu),
+            // Nothing that L0 itself asked for has effects on the software CPU: what is to be done between two
+            // instructions of L2 was done on the way here.
+            Some(Handler::L0) | None => After::GoOn,
+        }
     }
 
     fn instruction_of_l1(&mut self, cpu: &mut Cpu) -> After {
