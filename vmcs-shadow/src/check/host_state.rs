@@ -75,7 +75,7 @@ fn check_address_space(vmcs: &Vmcs, exit: u32, inputs: &Inputs) -> Checked {
         require(cr4 & cr4::PAE != 0, Rule::HostPae)?;
         require(inputs.is_canonical(rip), Rule::HostRipCanonical)
     } else {
-        require(!guest_long, Rule::GuestModeAboveHostMode)?;
+        // That "IA-32e mode guest" is 0 then follows from the above.
         require(cr4 & cr4::PCIDE == 0, Rule::HostPcidWithoutLongMode)?;
         require(rip >> 32 == 0, Rule::HostRipHigh)
     }

@@ -146,3 +146,6 @@ pub fn check_guest_state(vmcs: &Vmcs, caps: &Capabilities, inputs: &Inputs) -> C
     non_register::check(vmcs, caps, inputs)?;
     guest_state::check_pdptes(vmcs, inputs)
 }
+
+#[cfg(test)]
+mod tests;

@@ -203,8 +203,6 @@ rules! {
             "\"host address-space size\" must be 0 outside IA-32e mode";
         HostModeInLongMode [ExitControls]
             "\"host address-space size\" must be 1 in IA-32e mode";
-        GuestModeAboveHostMode [EntryControls, ExitControls]
-            "\"IA-32e mode guest\" needs \"host address-space size\"";
         HostPcidWithoutLongMode [HostCr4, ExitControls]
             "without \"host address-space size\", host CR4.PCIDE must be 0";
         HostRipHigh [HostRip, ExitControls]
