@@ -4,12 +4,20 @@
 
 #[path = "hatchling/capabilities.rs"]
 mod capabilities;
+#[path = "hatchling/control_registers.rs"]
+mod control_registers;
 #[path = "hatchling/fields.rs"]
 mod fields;
 #[path = "hatchling/first.rs"]
 mod first;
 #[path = "hatchling/instructions.rs"]
 mod instructions;
+#[path = "hatchling/io_msr.rs"]
+mod io_msr;
+#[path = "hatchling/simple_exits.rs"]
+mod simple_exits;
+#[path = "hatchling/vmx_in_l2.rs"]
+mod vmx_in_l2;
 #[path = "hatchling/want.rs"]
 mod want;
 
@@ -36,4 +44,8 @@ fn in_vmx_operation(vmxon_region: u64) {
     instructions::with_vmcs(vmxon_region);
     fields::all();
     first::all();
+    simple_exits::all();
+    vmx_in_l2::all();
+    control_registers::all();
+    io_msr::all();
 }

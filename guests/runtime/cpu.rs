@@ -206,6 +206,7 @@ features! {
     SEP "SEP" 1 0 Edx 11;
     PGE "PGE" 1 0 Edx 13;
     PSE36 "PSE36" 1 0 Edx 17;
+    MONITOR "MONITOR" 1 0 Ecx 3;
     VMX "VMX" 1 0 Ecx 5;
     PCID "PCID" 1 0 Ecx 17;
     X2APIC "X2APIC" 1 0 Ecx 21;

@@ -1,9 +1,9 @@
 //! What a case expects of a VM exit, and the comparison.
 
 use core::fmt;
-use rt::report::{fail, pass};
+use rt::report::{fail, pass, skip};
 use rt::vmx::exit::event;
-use rt::vmx::{Exit, Failure, Vm};
+use rt::vmx::{Control, Exit, Failure, Vm, reason};
 
 /// A VM exit as it should be. Fields that the SDM leaves undefined for the exit stay `None`.
 #[derive(Clone, Copy)]
@@ -11,7 +11,8 @@ pub struct Want {
     reason: u32,
     qualification: Option<u64>,
     length: Option<u32>,
-    information: Option<u32>,
+    /// Value and the bits that are defined.
+    information: Option<(u32, u32)>,
     at: Option<u64>,
     interruption: u32,
     error_code: Option<u32>,
@@ -56,8 +57,9 @@ impl Want {
         Want { length: Some(length), ..self }
     }
 
-    pub const fn information(self, information: u32) -> Want {
-        Want { information: Some(information), ..self }
+    /// Instruction information, of which the bits in `defined` mean something.
+    pub const fn information(self, information: u32, defined: u32) -> Want {
+        Want { information: Some((information, defined)), ..self }
     }
 
     /// Offset of RIP into the code.
@@ -120,7 +122,10 @@ impl Want {
             (vectoring != self.vectoring, "the IDT-vectoring information"),
             (differs(self.vectoring_error, exit.vectoring_error), "the IDT-vectoring error code"),
             (differs(self.length, exit.length), "the instruction length"),
-            (differs(self.information, exit.information), "the instruction information"),
+            (
+                self.information.is_some_and(|(value, defined)| (value ^ exit.information) & defined != 0),
+                "the instruction information",
+            ),
             (differs(self.physical, exit.physical), "the guest-physical address"),
             (differs(self.linear, exit.linear), "the guest-linear address"),
             (differs(self.at, exit.at), "RIP"),
@@ -142,7 +147,7 @@ impl fmt::Display for Want {
         for (name, value) in [
             ("qualification", self.qualification),
             ("length", self.length.map(u64::from)),
-            ("information", self.information.map(u64::from)),
+            ("information", self.information.map(|(value, _)| value.into())),
             ("guest-physical", self.physical),
             ("linear", self.linear),
             ("interruption", (self.interruption != 0).then_some(self.interruption.into())),
@@ -157,6 +162,36 @@ impl fmt::Display for Want {
         }
         Ok(())
     }
+}
+
+/// With these controls, the code exits as wanted. `None` if a control is missing (which is reported).
+pub fn exits(name: &str, controls: &[Control], code: u64, want: Want) -> Option<(Vm, Exit)> {
+    let mut vm = Vm::fresh(code);
+    if !vm.set_or_skip(name, controls) {
+        return None;
+    }
+    let exit = want.run(name, &mut vm);
+    Some((vm, exit))
+}
+
+/// With these controls set and those clear, the code runs to its VMCALL.
+pub fn runs(name: &str, set: &[Control], clear: &[Control], code: u64) -> Option<(Vm, Exit)> {
+    let mut vm = Vm::fresh(code);
+    if !vm.set_or_skip(name, set) {
+        return None;
+    }
+    if let Some(control) = clear.iter().find(|control| !control.clearable()) {
+        skip(name, control.name);
+        return None;
+    }
+    vm.unset(clear);
+    let exit = to_end(name, &mut vm);
+    Some((vm, exit))
+}
+
+/// L2 runs to its VMCALL.
+pub fn to_end(name: &str, vm: &mut Vm) -> Exit {
+    Want::instruction(reason::VMCALL, 3).anywhere().run(name, vm)
 }
 
 /// Reports a VMX instruction that should succeed.

@@ -8,6 +8,7 @@ pub mod control;
 pub mod ept;
 pub mod exit;
 pub mod field;
+pub mod handler;
 pub mod insn;
 pub mod vm;
 

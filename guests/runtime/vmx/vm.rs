@@ -9,6 +9,7 @@ use crate::cpu::{self, rdmsr};
 use crate::mem;
 use crate::tables::{self, Shared, TablePointer};
 use core::arch::{asm, global_asm};
+use core::sync::atomic::{AtomicU64, Ordering};
 
 /// Access rights of segments as the VMCS holds them.
 pub const CODE64_RIGHTS: u64 = 0xa09b;
@@ -57,7 +58,18 @@ pub fn stack_top() -> u64 {
     L2_STACK.address() + STACK as u64 - 64
 }
 
+/// The region of [`Vm::fresh`], once it exists.
+static REGION: AtomicU64 = AtomicU64::new(0);
+
 impl Vm {
+    /// A virtual machine in one region that every case uses anew.
+    pub fn fresh(code: u64) -> Vm {
+        if REGION.load(Ordering::Relaxed) == 0 {
+            REGION.store(super::region(), Ordering::Relaxed);
+        }
+        Vm::new(REGION.load(Ordering::Relaxed), code)
+    }
+
     /// Makes a region the current VMCS, with a good state that starts at `code` in this program's address space.
     pub fn new(region: u64, code: u64) -> Vm {
         mem::write(region, capability::revision());
@@ -193,8 +205,10 @@ fn write_host_state() {
 
 pub const MSR_PAT: u32 = 0x277;
 
-/// Guest state: 64-bit ring 0 in this program's own address space, GDT and IDT.
+/// Guest state: 64-bit ring 0 in this program's own address space, GDT and IDT. Every exception exits: L2 that went
+/// astray does not reach this program's handlers.
 fn write_guest_state() {
+    vmwrite(f::EXCEPTION_BITMAP, 0xffff_ffff);
     vmwrite(f::GUEST_CR0, cpu::cr0());
     vmwrite(f::GUEST_CR3, cpu::cr3());
     vmwrite(f::GUEST_CR4, cpu::cr4());
