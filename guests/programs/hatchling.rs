@@ -6,6 +6,14 @@
 mod capabilities;
 #[path = "hatchling/control_registers.rs"]
 mod control_registers;
+#[path = "hatchling/descriptor_tables.rs"]
+mod descriptor_tables;
+#[path = "hatchling/ept_faults.rs"]
+mod ept_faults;
+#[path = "hatchling/ept_features.rs"]
+mod ept_features;
+#[path = "hatchling/exceptions.rs"]
+mod exceptions;
 #[path = "hatchling/fields.rs"]
 mod fields;
 #[path = "hatchling/first.rs"]
@@ -48,4 +56,8 @@ fn in_vmx_operation(vmxon_region: u64) {
     vmx_in_l2::all();
     control_registers::all();
     io_msr::all();
+    descriptor_tables::all();
+    exceptions::all();
+    ept_faults::all();
+    ept_features::all();
 }

@@ -198,7 +198,10 @@ fn msr_bitmaps() {
         Want::instruction(reason::RDMSR, 2).run("MSR bitmap: an MSR outside both ranges exits", &mut vm);
     }
     cpu::wrmsr(MSR_KERNEL_GS_BASE, 0);
-    let Some(mut vm) = with_msr_bitmap(l2!(["wrmsr", "swapgs", "mov ecx, 0xc0000101", "rdmsr"]), 0, None) else { return };
+    let Some(mut vm) = with_msr_bitmap(l2!(["wrmsr", "swapgs", "mov ecx, 0xc0000101", "rdmsr"]), 0, None)
+    else {
+        return;
+    };
     vm.regs = Regs { rcx: MSR_KERNEL_GS_BASE.into(), rax: 0x5678, rdx: 0x1234, ..vm.regs };
     to_end("WRMSR, SWAPGS and RDMSR run in L2", &mut vm);
     equal("L2's GS base is what it wrote", vm.regs.rdx << 32 | vm.regs.rax & 0xffff_ffff, 0x1234_0000_5678);
@@ -209,7 +212,15 @@ fn msr_bitmaps() {
 
 /// MSRs that the guest-state area holds.
 fn guest_msrs() {
-    let code = l2!(["mov ecx, 0x176", "rdmsr", "mov esi, eax", "mov eax, 0x4321", "wrmsr", "mov ecx, 0xc0000080", "rdmsr"]);
+    let code = l2!([
+        "mov ecx, 0x176",
+        "rdmsr",
+        "mov esi, eax",
+        "mov eax, 0x4321",
+        "wrmsr",
+        "mov ecx, 0xc0000080",
+        "rdmsr"
+    ]);
     let Some(mut vm) = with_msr_bitmap(code, 0, None) else { return };
     vmwrite(f::GUEST_SYSENTER_EIP, 0x77_1000);
     to_end("SYSENTER MSRs and EFER in L2", &mut vm);

@@ -53,9 +53,14 @@ fn time_stamp() {
     exits("RDTSC exits", &[RDTSC_EXITING], l2!(["rdtsc"]), Want::instruction(reason::RDTSC, 2));
     let tsc = |vm: &Vm| vm.regs.rdx << 32 | vm.regs.rax;
     let before = cpu::tsc();
-    if let Some((vm, _)) = runs("RDTSC runs in L2", &[], &[RDTSC_EXITING, USE_TSC_OFFSETTING], l2!(["rdtsc"])) {
+    if let Some((vm, _)) = runs("RDTSC runs in L2", &[], &[RDTSC_EXITING, USE_TSC_OFFSETTING], l2!(["rdtsc"]))
+    {
         let value = tsc(&vm);
-        check!("L2 reads the same TSC as L1", (before..cpu::tsc()).contains(&value), "{value:#x}, before {before:#x}");
+        check!(
+            "L2 reads the same TSC as L1",
+            (before..cpu::tsc()).contains(&value),
+            "{value:#x}, before {before:#x}"
+        );
     }
     let mut vm = Vm::fresh(l2!(["rdtsc"]));
     let name = "RDTSC exits go before the #GP of CR4.TSD only in ring 0";
@@ -218,7 +223,8 @@ pub fn to_ring3(vm: &mut Vm, code: &[u8]) {
 
 /// In ring 3 the faults of privilege go before exits; CPUID and VMX instructions exit.
 fn privilege() {
-    let gp = Want::exit(reason::EXCEPTION_OR_NMI).event_with_error(event::HARDWARE_EXCEPTION | u32::from(trap::GP), 0);
+    let gp = Want::exit(reason::EXCEPTION_OR_NMI)
+        .event_with_error(event::HARDWARE_EXCEPTION | u32::from(trap::GP), 0);
     let faulting: [(&str, &[Control], &[u8]); 6] = [
         ("ring 3: HLT raises #GP", &[HLT_EXITING], &[0xf4]),
         ("ring 3: INVLPG raises #GP", &[INVLPG_EXITING], &[0x0f, 0x01, 0x38]),

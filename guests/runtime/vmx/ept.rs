@@ -14,6 +14,8 @@ pub const A: u64 = 1 << 8;
 pub const D: u64 = 1 << 9;
 /// User-mode execute, with mode-based execute control.
 pub const XU: u64 = 1 << 10;
+/// Every permission. Without mode-based execute control XU is ignored.
+pub const ALL: u64 = RWX | XU;
 /// The entry's violations never become #VE.
 pub const SUPPRESS_VE: u64 = 1 << 63;
 pub const WB: u64 = 6 << 3;
@@ -34,9 +36,9 @@ impl Ept {
     pub fn identity() -> Ept {
         let root = mem::frames(6);
         let (pointers, directories) = (root + PAGE, root + 2 * PAGE);
-        mem::write(root, pointers | RWX);
+        mem::write(root, pointers | ALL);
         for gib in 0..4 {
-            mem::write(pointers + gib * 8, (directories + gib * PAGE) | RWX);
+            mem::write(pointers + gib * 8, (directories + gib * PAGE) | ALL);
         }
         let ept = Ept { root };
         ept.reset();
@@ -48,7 +50,7 @@ impl Ept {
         let directories = self.root + 2 * PAGE;
         for i in 0..2048 {
             let kind = if i < 1536 { WB } else { UC };
-            mem::write(directories + i * 8, i << 21 | RWX | LARGE | kind);
+            mem::write(directories + i * 8, i << 21 | ALL | LARGE | kind);
         }
     }
 
@@ -71,7 +73,7 @@ impl Ept {
             if entry & LARGE != 0 && current < 4 {
                 split(at, entry, current);
             } else if entry & RWX == 0 {
-                mem::write(at, mem::frame() | RWX);
+                mem::write(at, mem::frame() | ALL);
             }
             table = mem::read::<u64>(at) & ADDRESS;
             current -= 1;
@@ -112,5 +114,5 @@ fn split(at: u64, entry: u64, level: u32) {
     for i in 0..512 {
         mem::write(table + i * 8, (base + i * step) | flags);
     }
-    mem::write(at, table | RWX);
+    mem::write(at, table | ALL);
 }

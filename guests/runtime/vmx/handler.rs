@@ -50,7 +50,8 @@ pub fn install() {
 /// Gives a vector its handler, with this type and DPL (0x8e an interrupt gate, 0xee for ring 3 too; 0 is not present).
 pub fn set_gate(vector: u8, access: u8) {
     let entry = stub(vector);
-    let low = entry & 0xffff | u64::from(CODE64) << 16 | u64::from(access) << 40 | (entry >> 16 & 0xffff) << 48;
+    let low =
+        entry & 0xffff | u64::from(CODE64) << 16 | u64::from(access) << 40 | (entry >> 16 & 0xffff) << 48;
     mem::write(IDT.address() + u64::from(vector) * 16, [low, entry >> 32]);
 }
 
