@@ -91,6 +91,9 @@ impl Cpu {
             self.tlb.forget_writes();
             self.attention.clear(Attention::FORGET_WRITES);
         }
+        if let Some(exit) = self.finish_apic_operation() {
+            return Next::Leave(exit);
+        }
         if attention & (Attention::CANCEL | Attention::INIT | Attention::SIPI) != 0 {
             return Next::Leave(Exit::Attention);
         }
@@ -117,13 +120,14 @@ impl Cpu {
         let flags = rflags::TF | rflags::RF;
         let code_breakpoints = self.state.dr7 & dr::DR7_ENABLES != 0 && self.has_code_breakpoints();
         let careful = self.state.system_flag(flags) || self.state.shadow != Shadow::None || code_breakpoints;
-        self.look_up = careful;
+        self.look_up = careful || self.virtual_interrupt_pending();
         if careful { Next::One } else { Next::Blocks }
     }
 
     /// True if something would end HLT.
     fn would_wake(&self, attention: u32) -> bool {
-        let interrupt = attention & Attention::INTERRUPT != 0 && self.state.system_flag(rflags::IF);
+        let waiting = attention & Attention::INTERRUPT != 0 || self.virtual_interrupt_pending();
+        let interrupt = waiting && self.state.system_flag(rflags::IF);
         let nmi = attention & Attention::NMI != 0 && !self.state.nmi_blocked;
         let debug = self.state.pending_debug != 0;
         self.state.activity == Activity::Halted
@@ -143,6 +147,8 @@ impl Cpu {
         } else if attention & Attention::NMI != 0 && !self.state.nmi_blocked && shadow == Shadow::None {
             self.attention.clear(Attention::NMI);
             Event { vector: vector::NMI, kind: EventKind::Nmi, error_code: None, instruction_length: 0 }
+        } else if let Some(event) = self.take_virtual_interrupt() {
+            event
         } else if self.state.system_flag(rflags::IF) && shadow == Shadow::None {
             if self.want_interrupt_window {
                 return Some(Exit::InterruptWindow);
@@ -151,6 +157,9 @@ impl Cpu {
                 return None;
             }
             let vector = self.bus().acknowledge_interrupt()?;
+            if self.process_posted_interrupts(vector) {
+                return self.deliver_due(self.attention.get());
+            }
             Event { vector, kind: EventKind::ExternalInterrupt, error_code: None, instruction_length: 0 }
         } else {
             return None;

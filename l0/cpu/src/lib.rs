@@ -85,6 +85,8 @@ pub struct Cpu {
     pub(crate) look_up: bool,
     /// The last #GP was raised for a non-canonical address.
     pub(crate) non_canonical: bool,
+    /// The page that only the slow path may access (APIC-1); no page's address if there is none.
+    pub(crate) apic_page: u64,
     /// An event is on its way through the IDT.
     pub(crate) delivering: bool,
     /// The instruction under way is followed by a single-step trap.
@@ -132,6 +134,7 @@ impl Cpu {
             block_end: 0,
             look_up: true,
             non_canonical: false,
+            apic_page: u64::MAX,
             delivering: false,
             step_trap: false,
             want_interrupt_window: false,
@@ -199,6 +202,7 @@ impl Cpu {
         self.vmx.pause_loop = None;
         self.vmx.operation = Operation::NonRoot;
         self.refresh_space();
+        self.enter_virtual_apic();
         self.attend();
     }
 

@@ -262,9 +262,9 @@ impl Cpu {
         if (linear & 4095) as usize + size > 4096 {
             return Ok(None);
         }
-        Ok(match self.place(linear, Access::Write, self.privilege())? {
+        Ok(match self.place(linear, size, Access::Write, self.privilege())? {
             Place::Ram(physical, at) => Some((at, Some(physical))),
-            Place::Mmio(_) => None,
+            Place::Mmio(_) | Place::Apic(_) => None,
         })
     }
 

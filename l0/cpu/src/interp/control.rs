@@ -122,10 +122,11 @@ impl Cpu {
         Err(self.raise(Fault::gp(0)))
     }
 
-    /// Selects the spaces of the current virtual processor.
+    /// Selects the spaces of the current virtual processor, under every EPT pointer ("Operations that Invalidate Cached
+    /// Mappings").
     fn own_spaces(&self) -> impl Fn(&SpaceTag) -> bool + use<> {
-        let own = self.tlb.current_tag();
-        move |tag| tag.vpid == own.vpid && tag.eptp == own.eptp
+        let own = self.tlb.current_tag().vpid;
+        move |tag| tag.vpid == own
     }
 
     fn current_pcid(&self) -> u16 {
@@ -301,8 +302,7 @@ fn mov_to_cr(cpu: &mut Cpu, cold: &Cold) -> Exec {
             if value > 15 {
                 return cpu.gp0();
             }
-            cpu.bus().set_cr8(value as u8);
-            cpu.attend();
+            cpu.set_cr8(value as u8);
             Ok(())
         }
     }
@@ -320,7 +320,7 @@ fn mov_from_cr(cpu: &mut Cpu, cold: &Cold) -> Exec {
         2 => cpu.state.cr2,
         3 => cpu.state.cr3,
         4 => cpu.shown_cr4(),
-        _ => u64::from(cpu.bus().cr8()),
+        _ => u64::from(cpu.cr8()),
     };
     cpu.write_register(cold.insn.op0_register(), value);
     Ok(())

@@ -207,7 +207,7 @@ impl Cpu {
     /// Sets and clears bits in the access byte of the descriptor at `at`, with a locked access where it is RAM.
     fn change_access_byte(&mut self, at: u64, set: u8, clear: u8) -> Exec {
         let at = self.table_address(at, 5);
-        match self.place(at, Access::Write, Privilege::Implicit)? {
+        match self.place(at, 1, Access::Write, Privilege::Implicit)? {
             Place::Ram(physical, _) => {
                 let shift = (physical & 3) * 8;
                 if let Some(word) = self.memory.entry32(physical) {
@@ -220,7 +220,7 @@ impl Cpu {
                 }
                 self.wrote_ram(physical, 1);
             }
-            Place::Mmio(_) => {
+            Place::Mmio(_) | Place::Apic(_) => {
                 let byte = self.read_system::<u8>(at)?;
                 self.write_system::<u8>(at, byte & !clear | set)?;
             }
@@ -230,7 +230,7 @@ impl Cpu {
 
     /// Raises the fault that marking a descriptor would raise, so that a later mark cannot fail.
     pub(crate) fn probe_descriptor_write(&mut self, at: u64) -> Exec {
-        self.place(self.table_address(at, 5), Access::Write, Privilege::Implicit).map(|_| ())
+        self.place(self.table_address(at, 5), 1, Access::Write, Privilege::Implicit).map(|_| ())
     }
 }
 

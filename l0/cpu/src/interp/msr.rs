@@ -177,7 +177,12 @@ impl Cpu {
                 allow(self.model.has(Feature::Rdtscp) || self.model.has(Feature::Rdpid))?;
                 return Ok(msrs.tsc_aux);
             }
-            _ => return self.bus().read_msr(index),
+            _ => {
+                return match self.virtual_x2apic_read(index) {
+                    Some(value) => Ok(value),
+                    None => self.bus().read_msr(index),
+                };
+            }
         };
         self.needs(Feature::Lm)
             .or_else(|e| if index == m::IA32_EFER { self.needs(Feature::Nx) } else { Err(e) })?;
@@ -296,7 +301,9 @@ impl Cpu {
                 self.state.msrs.tsc_aux = value;
             }
             _ => {
-                self.bus().write_msr(index, value)?;
+                if !self.virtual_x2apic_write(index, value)? {
+                    self.bus().write_msr(index, value)?;
+                }
                 self.attend();
             }
         }

@@ -153,12 +153,12 @@ impl Cpu {
             return Err(self.selector_fault(vector::TS, old.selector, how.ext()));
         }
         for at in [first, last] {
-            self.place(self.table_address(old.base, at), Access::Write, Privilege::Implicit)?;
+            self.place(self.table_address(old.base, at), 1, Access::Write, Privilege::Implicit)?;
         }
         if how.nests() {
             let base = u64::from(found.descriptor.base());
             for at in [0, 1] {
-                self.place(self.table_address(base, at), Access::Write, Privilege::Implicit)?;
+                self.place(self.table_address(base, at), 1, Access::Write, Privilege::Implicit)?;
             }
         }
         self.probe_descriptor_write(found.at)?;

@@ -14,16 +14,18 @@ use crate::Cpu;
 use crate::phys::{PhysMemory, Word};
 use crate::state::{Activity, Seg};
 use crate::trap::{Exec, Fault, Trap};
-use tlb::{DataEntry, EMPTY, FetchEntry, GLOBAL, LARGE, Mode, SpaceTag, data_index};
+use tlb::{DataEntry, EMPTY, FetchEntry, GLOBAL, LARGE, Mode, Regime, SpaceTag, data_index};
 use walk::{Access, Direct, Failure, Nested, Privilege, Translation, translate};
 
 /// Where one piece (within a page) of a slow access goes.
 #[derive(Clone, Copy)]
 pub(crate) enum Place {
-    /// Guest-physical RAM address and host pointer.
+    /// Physical RAM address and host pointer.
     Ram(u64, *mut u8),
-    /// Guest-physical address without RAM.
+    /// Physical address without RAM.
     Mmio(u64),
+    /// Offset in the APIC-access page, of an access that goes to the virtual-APIC page.
+    Apic(u16),
 }
 
 impl Cpu {
@@ -132,23 +134,21 @@ impl Cpu {
     /// Raises the fault that a write of `size` bytes at `linear` would raise.
     pub fn probe_write(&mut self, linear: u64, size: usize) -> Exec {
         self.check_address(linear, size)?;
-        let privilege = self.privilege();
-        let first = 4096 - (linear & 4095) as usize;
-        self.place(linear, Access::Write, privilege)?;
-        if size > first {
-            self.place(self.following(linear, first), Access::Write, privilege)?;
-        }
-        Ok(())
+        self.probe(linear, size, Access::Write)
     }
 
     /// Raises the fault that a read of `size` bytes at `linear` would raise.
     pub fn probe_read(&mut self, linear: u64, size: usize) -> Exec {
         self.check_address(linear, size)?;
+        self.probe(linear, size, Access::Read)
+    }
+
+    fn probe(&mut self, linear: u64, size: usize, access: Access) -> Exec {
         let privilege = self.privilege();
-        let first = 4096 - (linear & 4095) as usize;
-        self.place(linear, Access::Read, privilege)?;
+        let first = (4096 - (linear & 4095) as usize).min(size);
+        self.place(linear, first, access, privilege)?;
         if size > first {
-            self.place(self.following(linear, first), Access::Read, privilege)?;
+            self.place(self.following(linear, first), size - first, access, privilege)?;
         }
         Ok(())
     }
@@ -182,6 +182,7 @@ impl Cpu {
                 // SAFETY: `places` returned a pointer to `len` bytes of RAM inside one page.
                 Place::Ram(_, host) => unsafe { copy_from_ram(host, part) },
                 Place::Mmio(address) => self.mmio_read(address, part),
+                Place::Apic(offset) => self.read_apic_page(offset, part),
             }
             done += len;
         }
@@ -207,6 +208,7 @@ impl Cpu {
                     self.wrote_ram(address, len as u64);
                 }
                 Place::Mmio(address) => self.bus().mmio_write(address, part),
+                Place::Apic(offset) => self.write_apic_page(offset, part),
             }
             done += len;
         }
@@ -240,7 +242,7 @@ impl Cpu {
         let (mut at, mut left, mut count) = (linear, size, 0);
         while left > 0 && count < out.len() {
             let len = left.min(4096 - (at & 4095) as usize);
-            out[count] = (self.place(at, access, privilege)?, len);
+            out[count] = (self.place(at, len, access, privilege)?, len);
             count += 1;
             left -= len;
             at = self.following(at, len);
@@ -267,7 +269,7 @@ impl Cpu {
             let Some(second) = self.vmx.second_level.as_deref_mut() else {
                 return Err(self.vm_exit(reason::EPT_MISCONFIGURATION, 0));
             };
-            let mut physical = Nested { memory: &self.memory, second };
+            let mut physical = Nested { memory: &self.memory, second, apic_page: self.apic_page };
             translate(&self.state, &mut physical, linear, access, privilege)
         } else {
             translate(&self.state, &mut Direct(&self.memory), linear, access, privilege)
@@ -275,13 +277,23 @@ impl Cpu {
         match done {
             Ok(to) => Ok(to),
             Err(Failure::Page(fault)) => Err(self.raise(fault)),
-            Err(Failure::SecondLevel(refused, to)) => Err(self.refused_at(linear, refused, to)),
+            Err(Failure::Refused(refused, to)) => Err(self.refused_at(linear, refused, to)),
         }
     }
 
     /// Translates one page's piece of an access, filling the TLB; raises the page fault if there is one.
-    pub(crate) fn place(&mut self, linear: u64, access: Access, privilege: Privilege) -> Exec<Place> {
+    pub(crate) fn place(
+        &mut self,
+        linear: u64,
+        size: usize,
+        access: Access,
+        privilege: Privilege,
+    ) -> Exec<Place> {
         let to = self.translate(linear, access, privilege)?;
+        if to.physical == self.apic_page {
+            let offset = (linear & 4095) as u16;
+            return self.apic_access(offset, size, access).map(|()| Place::Apic(offset));
+        }
         let physical = to.physical | linear & 4095;
         let Some((host, code)) = self.memory.page(to.physical) else { return Ok(Place::Mmio(physical)) };
         let plain = code.is_plain();
@@ -321,6 +333,9 @@ impl Cpu {
         }
         let privilege = if user { Privilege::User } else { Privilege::Supervisor };
         let to = self.translate(linear, Access::Fetch, privilege)?;
+        if to.physical == self.apic_page {
+            self.apic_access((linear & 4095) as u16, 1, Access::Fetch)?;
+        }
         let info = if to.global { GLOBAL } else { 0 } | if to.large { LARGE } else { 0 };
         let page = linear & !4095;
         self.tlb.insert_fetch(user, page, FetchEntry { page, physical: to.physical, info });
@@ -431,19 +446,21 @@ impl Cpu {
     pub fn refresh_space(&mut self) {
         let pcid = if self.state.cr4 & cr4::PCIDE != 0 { (self.state.cr3 & 0xfff) as u16 } else { 0 };
         let (vpid, eptp) = self.vmx.space();
+        self.apic_page = self.apic_access_page();
         self.tlb.switch(SpaceTag { pcid, vpid, eptp }, self.regime());
         self.refresh_mode();
     }
 
-    /// The control bits that translations depend on besides their tag. (Whoever changes one of them flushes and takes up
-    /// the space anew; the owner may change them between exits.)
-    fn regime(&self) -> u64 {
+    /// What translations depend on besides their tag. (Whoever changes one of these bits by an instruction flushes and
+    /// takes up the space anew; the owner may change them between exits.)
+    fn regime(&self) -> Regime {
         let s = &self.state;
         let translating = cr4::PSE | cr4::PAE | cr4::PGE | cr4::SMEP | cr4::SMAP | cr4::PKE | cr4::LA57;
         // EFER's bits 10 and 11, CR0's 0, 16 and 31; CR4's are moved out of their way.
-        (s.cr0 & (cr0::PG | cr0::PE | cr0::WP))
+        let modes = s.cr0 & (cr0::PG | cr0::PE | cr0::WP)
             | s.efer & (efer::LMA | efer::NXE)
-            | (s.cr4 & translating) << 32
+            | (s.cr4 & translating) << 32;
+        Regime { modes, second_level: self.vmx.second_level_modes(), apic_page: self.apic_page }
     }
 
     /// Offset in a segment to linear address, with the segment's checks for an access of `size` bytes.

@@ -70,11 +70,21 @@ pub struct SpaceTag {
     pub eptp: u64,
 }
 
+/// What translations were made under, and are not used without.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct Regime {
+    /// Bits of CR0, CR4 and EFER.
+    pub modes: u64,
+    /// Mode-based execute control, accessed and dirty flags for EPT.
+    pub second_level: u32,
+    /// The page that has no translations (APIC-1).
+    pub apic_page: u64,
+}
+
 /// The translations of one address space.
 pub struct Space {
     tag: SpaceTag,
-    /// The control bits that its translations were made under.
-    regime: u64,
+    regime: Regime,
     used: u64,
     data: [[DataEntry; DATA_ENTRIES]; 4],
     fetch: [[FetchEntry; FETCH_ENTRIES]; 2],
@@ -90,7 +100,7 @@ impl Space {
     fn new() -> Box<Self> {
         Box::new(Self {
             tag: SpaceTag::default(),
-            regime: 0,
+            regime: Regime::default(),
             used: 0,
             data: [[NO_DATA; DATA_ENTRIES]; 4],
             fetch: [[NO_FETCH; FETCH_ENTRIES]; 2],
@@ -198,8 +208,8 @@ impl Tlb {
     }
 
     /// Makes `tag`'s space the current one, taking the least recently used for it if it has none. What it has from
-    /// under another `regime` of control bits is dropped.
-    pub fn switch(&mut self, tag: SpaceTag, regime: u64) {
+    /// under another regime is dropped.
+    pub fn switch(&mut self, tag: SpaceTag, regime: Regime) {
         self.clock += 1;
         self.fetch_epoch += 1;
         let found = self.spaces.iter().position(|s| s.tag == tag && s.used != 0);

@@ -92,11 +92,19 @@ impl Physical for Direct<'_> {
 pub struct Nested<'a> {
     pub memory: &'a PhysMemory,
     pub second: &'a mut dyn SecondLevel,
+    /// A physical page that paging structures must not be in.
+    pub apic_page: u64,
 }
 
 impl Physical for Nested<'_> {
     fn page(&mut self, gpa: u64, access: EptAccess) -> Result<EptPage, Refused> {
-        self.second.translate(self.memory, gpa, access).map_err(|fault| Refused { gpa, access, fault })
+        match self.second.translate(self.memory, gpa, access) {
+            Ok(page) if access.paging && page.physical == self.apic_page => {
+                Err(Refused { gpa, access, cause: Cause::ApicAccess })
+            }
+            Ok(page) => Ok(page),
+            Err(fault) => Err(Refused { gpa, access, cause: Cause::SecondLevel(fault) }),
+        }
     }
 
     fn memory(&self) -> &PhysMemory {
@@ -116,8 +124,8 @@ impl Physical for Peek<'_> {
             Some(second) => second.peek(self.memory, gpa),
             None => Some(gpa),
         };
-        let fault = EptFault::Misconfiguration;
-        let physical = physical.ok_or(Refused { gpa, access, fault })? & !4095;
+        let cause = Cause::SecondLevel(EptFault::Misconfiguration);
+        let physical = physical.ok_or(Refused { gpa, access, cause })? & !4095;
         Ok(EptPage { physical, large: false, write: false, execute_supervisor: true, execute_user: true })
     }
 
@@ -126,13 +134,21 @@ impl Physical for Peek<'_> {
     }
 }
 
-/// The second level refused an access.
+/// Why an access by guest-physical address fails.
+#[derive(Clone, Copy, Debug)]
+pub enum Cause {
+    SecondLevel(EptFault),
+    /// A paging-structure entry in the APIC-access page.
+    ApicAccess,
+}
+
+/// An access by guest-physical address failed.
 #[derive(Clone, Copy, Debug)]
 pub struct Refused {
     /// All bits of the guest-physical address.
     pub gpa: u64,
     pub access: EptAccess,
-    pub fault: EptFault,
+    pub cause: Cause,
 }
 
 /// Why there is no translation.
@@ -140,19 +156,19 @@ pub struct Refused {
 pub enum Failure {
     Page(Fault),
     /// With what the guest's paging structures say of the page if the access was to the page itself.
-    SecondLevel(Refused, Option<Translation>),
+    Refused(Refused, Option<Translation>),
 }
 
 /// Why a walk ended early.
 enum Stop {
     /// A page fault with these bits of the error code.
     Page(u32),
-    SecondLevel(Refused),
+    Refused(Refused),
 }
 
 impl From<Refused> for Stop {
     fn from(refused: Refused) -> Self {
-        Self::SecondLevel(refused)
+        Self::Refused(refused)
     }
 }
 
@@ -182,7 +198,7 @@ pub fn translate<P: Physical>(
             Stop::Page(code) => {
                 Failure::Page(Fault::page(linear, code | access_bits(state, access, privilege)))
             }
-            Stop::SecondLevel(refused) => Failure::SecondLevel(refused, None),
+            Stop::Refused(refused) => Failure::Refused(refused, None),
         };
         walk_and_mark(state, physical, linear, access, privilege).map_err(failure)?
     };
@@ -200,7 +216,7 @@ pub fn translate<P: Physical>(
             dirty: to.dirty && page.write,
             ..to
         }),
-        Err(refused) => Err(Failure::SecondLevel(refused, Some(to))),
+        Err(refused) => Err(Failure::Refused(refused, Some(to))),
     }
 }
 

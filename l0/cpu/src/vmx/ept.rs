@@ -7,7 +7,7 @@ use x86defs::{cr0, cr4, efer, vector};
 use super::{EptAccess, EptFault};
 use crate::Cpu;
 use crate::mmu::tlb::SpaceTag;
-use crate::mmu::walk::{Nested, Physical, Refused, Translation};
+use crate::mmu::walk::{Cause, Nested, Physical, Refused, Translation};
 use crate::trap::{Exec, Fault, Trap};
 
 /// Offset of the word in the virtualization-exception information area that says it is in use.
@@ -37,7 +37,11 @@ impl Cpu {
     }
 
     fn refused(&mut self, kind: u64, linear: u64, refused: Refused) -> Trap {
-        match refused.fault {
+        let fault = match refused.cause {
+            Cause::SecondLevel(fault) => fault,
+            Cause::ApicAccess => return self.apic_access_by_physical_address(),
+        };
+        match fault {
             EptFault::Violation { allowed, suppress_ve } => {
                 // With accessed and dirty flags an access to a paging-structure entry is a write as well.
                 let write = refused.access.paging && self.vmx.controls.ept_flags();
@@ -98,7 +102,8 @@ impl Cpu {
             return Err(self.vm_exit(reason::EPT_MISCONFIGURATION, 0));
         };
         let access = EptAccess { read: true, ..EptAccess::default() };
-        match (Nested { memory: &self.memory, second }).page(gpa, access) {
+        match (Nested { memory: &self.memory, second, apic_page: self.apic_page }).page(gpa, access) {
+            Ok(page) if page.physical == self.apic_page => Err(self.apic_access_by_physical_address()),
             Ok(page) => Ok(page.physical),
             Err(refused) => Err(self.refused(0, 0, refused)),
         }

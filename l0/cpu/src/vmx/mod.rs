@@ -11,6 +11,7 @@
 //!   the registers as the SDM has them saved. The owner enters and leaves by setting `state` and calling
 //!   [`crate::Cpu::enter_non_root`] and [`crate::Cpu::leave_non_root`].
 
+mod apic;
 mod ept;
 pub(crate) mod information;
 pub(crate) mod instructions;
@@ -54,6 +55,7 @@ pub struct Vmx {
     pub exit: VmExit,
     /// The last PAUSEs, since the last VM entry.
     pub(crate) pause_loop: Option<instructions::PauseLoop>,
+    pub(crate) apic: apic::VirtualApic,
 }
 
 impl Vmx {
@@ -72,6 +74,17 @@ impl Vmx {
             }
             Operation::Off | Operation::Root => (0, 0),
         }
+    }
+}
+
+impl Vmx {
+    /// What, besides the EPT pointer's address, decides what the second level allows.
+    pub(crate) fn second_level_modes(&self) -> u32 {
+        if !self.nested_paging() {
+            return 0;
+        }
+        let mode_based = self.controls.secondary & x86defs::vmx::secondary::MODE_BASED_EXECUTE;
+        mode_based | u32::from(self.controls.ept_flags())
     }
 }
 
@@ -246,6 +259,7 @@ impl Cpu {
     #[cold]
     pub(crate) fn vm_exit(&mut self, reason: u32, qualification: u64) -> Trap {
         self.vmx.exit = VmExit { reason, qualification, ..VmExit::default() };
+        self.vmx.apic.forget_operation();
         self.exit = Exit::Vm;
         Trap::Exit
     }
