@@ -70,12 +70,11 @@ impl Access {
     #[inline]
     pub fn write(&self, vmcs: &mut Vmcs, encoding: u64, value: u64) -> Result<(), u32> {
         let (field, high) = self.find(encoding)?;
-        let own = field.encoding();
-        if own.area() == Area::ExitInformation && !self.write_any {
+        if field.area() == Area::ExitInformation && !self.write_any {
             return Err(insn_error::READ_ONLY_FIELD);
         }
         let value =
-            if high { value << 32 | vmcs.get(field) & 0xffff_ffff } else { own.width().truncate(value) };
+            if high { value << 32 | vmcs.get(field) & 0xffff_ffff } else { field.width().truncate(value) };
         vmcs.set(field, value);
         Ok(())
     }

@@ -63,6 +63,12 @@ impl Encoding {
         Ok(encoding)
     }
 
+    /// An encoding that is known to be well-formed.
+    #[inline]
+    pub(crate) fn of_table(raw: u32) -> Self {
+        Self(raw)
+    }
+
     /// The number itself.
     pub fn raw(self) -> u32 {
         self.0

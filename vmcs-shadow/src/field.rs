@@ -1,7 +1,7 @@
 //! The table of VMCS fields (SDM volume 3, appendix B): encoding, kind, name. Everything that knows fields derives from
 //! it: VMREAD and VMWRITE, dumps, checks, and the layout of a VMCS12 in L1's memory.
 
-use crate::encoding::{BadEncoding, Encoding, Width};
+use crate::encoding::{Area, Encoding, Width};
 
 macro_rules! fields {
     ($($encoding:literal $field:ident $name:literal,)*) => {
@@ -226,12 +226,20 @@ impl Field {
     }
 
     /// Its encoding (full access).
+    #[inline]
     pub fn encoding(self) -> Encoding {
         // Table entries are well-formed: a test sees to it.
-        Encoding::new(u64::from(self.info().raw)).unwrap_or_else(|_: BadEncoding| unreachable!())
+        Encoding::of_table(self.info().raw)
+    }
+
+    /// The area it belongs to.
+    #[inline]
+    pub fn area(self) -> Area {
+        self.encoding().area()
     }
 
     /// Its width.
+    #[inline]
     pub fn width(self) -> Width {
         self.encoding().width()
     }

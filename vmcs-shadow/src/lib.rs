@@ -7,11 +7,13 @@
 pub mod access;
 pub mod caps;
 pub mod check;
+pub mod dump;
 pub mod encoding;
 pub mod error;
 pub mod event;
 pub mod exit_policy;
 pub mod field;
+pub mod merge;
 pub mod reflect;
 pub mod region;
 pub mod segment;

@@ -15,7 +15,10 @@ pub struct Entry {
     pub inputs: Inputs,
 }
 
-pub const ALL: &[(&str, fn() -> Entry)] = &[
+/// Makes an entry.
+pub type Base = fn() -> Entry;
+
+pub const ALL: &[(&str, Base)] = &[
     ("64-bit", long_mode),
     ("compatibility mode", compatibility),
     ("real mode", real_mode),
