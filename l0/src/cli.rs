@@ -125,9 +125,13 @@ struct RunArgs {
     /// Say why, with the rule and the fields, whenever a VMX instruction or a VM entry of the guest fails
     #[arg(long, help_heading = "How to run it")]
     explain: bool,
-    /// Say at the end what was executed
+    /// Say at the end, and on SIGUSR1, what was executed: exits of L2 by reason, who handled them, what that cost
     #[arg(long, help_heading = "How to run it")]
     stats: bool,
+    /// Write every exit, VMX instruction, VM entry and EPT fill to FILE: as text, or for Perfetto if its name ends in
+    /// .json
+    #[arg(long, value_name = "FILE", help_heading = "How to run it")]
+    trace: Option<PathBuf>,
 }
 
 impl RunArgs {
@@ -152,6 +156,8 @@ impl RunArgs {
             rng: !self.no_rng,
             balloon: self.balloon,
             explain: self.explain,
+            stats: self.stats,
+            trace: self.trace.clone(),
         }
     }
 }
@@ -238,7 +244,7 @@ fn run(args: &RunArgs, quiet: bool) -> ExitCode {
 
 fn run_machine(args: &RunArgs, quiet: bool) -> Result<(Outcome, EndingSignals), RunError> {
     let config = args.config();
-    let signals = EndingSignals::take().map_err(RunError::Thread)?;
+    let signals = EndingSignals::take(config.stats).map_err(RunError::Thread)?;
     let console = Console::open(&config, quiet)?;
     let machine = Machine::build(&config, console.output.writer())?;
     if !quiet && std::io::stderr().is_terminal() {
@@ -246,6 +252,9 @@ fn run_machine(args: &RunArgs, quiet: bool) -> Result<(Outcome, EndingSignals), 
         say(format_args!("running on the {} engine{leave}", machine.engine()));
     }
     signals.watch(machine.control());
+    if let Some(statistics) = machine.statistics() {
+        signals.report(Box::new(move || say(format_args!("so far\n{}", statistics.sum()))));
+    }
     let running = console.start(&machine)?;
     let outcome = machine.run();
     running.finish()?;
@@ -328,6 +337,9 @@ fn report(outcome: &Outcome, args: &RunArgs, quiet: bool, signals: &EndingSignal
             outcome.ready.as_secs_f64() * 1e3,
             outcome.instructions
         ));
+    }
+    if let Some(statistics) = &outcome.statistics {
+        say(format_args!("what L0 saw\n{statistics}"));
     }
     if let Some(crash) = &outcome.crash {
         say(format_args!("the guest shut down (triple fault)\n{crash}"));

@@ -41,6 +41,10 @@ pub struct MachineConfig {
     pub balloon: bool,
     /// Tell why VMX instructions and VM entries fail.
     pub explain: bool,
+    /// Count returns to L0 and what they cost.
+    pub stats: bool,
+    /// Write what happens to this file.
+    pub trace: Option<PathBuf>,
 }
 
 impl MachineConfig {
@@ -63,6 +67,8 @@ impl MachineConfig {
             rng: false,
             balloon: false,
             explain: false,
+            stats: false,
+            trace: None,
         }
     }
 

@@ -51,6 +51,14 @@ pub enum RunError {
         /// Why.
         source: std::io::Error,
     },
+    /// `--trace`.
+    #[error("cannot write the trace to {}: {source}; make room, or give --trace another file", .path.display())]
+    Trace {
+        /// Where to.
+        path: std::path::PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
     /// A device could not go on.
     #[error("{0}")]
     Device(String),

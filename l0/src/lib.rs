@@ -6,6 +6,7 @@
 //! - [`devices`] are the PC's chips, wired in [`chipset`]; [`clock`] is guest time, [`memory`] guest RAM
 //! - [`boot`] puts kernels into memory
 //! - [`demo`], [`doctor`], [`crash`], [`console`], [`signals`] are what a person sees
+//! - [`recorder`] sees every return of a vCPU to us, for [`trace`] and [`stats`]
 
 pub mod boot;
 pub mod chipset;
@@ -19,9 +20,13 @@ pub mod devices;
 pub mod doctor;
 pub mod engine;
 pub mod error;
+mod exit_words;
 pub mod memory;
 pub mod nested;
+pub mod recorder;
 pub mod signals;
+pub mod stats;
+pub mod trace;
 pub mod vcpu;
 pub mod vcpu_signal;
 pub mod vm;

@@ -1,5 +1,5 @@
 //! SIGINT, SIGTERM and SIGHUP end a run in order: disks are flushed, the terminal gets its old mode back. A second
-//! one ends the process at once.
+//! one ends the process at once. SIGUSR1 asks for a report, where there is something to report.
 //!
 //! The signals are blocked in every thread and taken by one thread of their own, so no handler runs anywhere.
 //!
@@ -19,15 +19,19 @@ const SIGNALS: [libc::c_int; 3] = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP];
 struct Shared {
     control: Mutex<Option<Arc<dyn MachineControl>>>,
     caught: AtomicI32,
+    report: Mutex<Option<Report>>,
 }
+
+/// Says how things stand.
+pub type Report = Box<dyn Fn() + Send>;
 
 /// The signals that end a run, in our hands.
 pub struct EndingSignals(Arc<Shared>);
 
 impl EndingSignals {
-    /// Takes the signals over from the system's default. Must come before other threads are started: they inherit
+    /// Takes the signals over from the system's default, SIGUSR1 only if there will be `reports`. Must come before other threads are started: they inherit
     /// the mask.
-    pub fn take() -> io::Result<Self> {
+    pub fn take(reports: bool) -> io::Result<Self> {
         let shared = Arc::new(Shared::default());
         // SAFETY: sigset_t is plain data that sigemptyset initializes; every pointer is to a local.
         let set = unsafe {
@@ -35,6 +39,9 @@ impl EndingSignals {
             libc::sigemptyset(&raw mut set);
             for signal in SIGNALS.into_iter().filter(|&signal| !is_ignored(signal)) {
                 libc::sigaddset(&raw mut set, signal);
+            }
+            if reports {
+                libc::sigaddset(&raw mut set, libc::SIGUSR1);
             }
             match libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut()) {
                 0 => set,
@@ -52,6 +59,11 @@ impl EndingSignals {
     /// From now on the first signal ends this machine's run; until now it ended the process.
     pub fn watch(&self, control: Arc<dyn MachineControl>) {
         *lock(&self.0.control) = Some(control);
+    }
+
+    /// From now on SIGUSR1 has this called; until now it did nothing.
+    pub fn report(&self, report: Report) {
+        *lock(&self.0.report) = Some(report);
     }
 
     /// The exit code by which a shell knows that a signal ended the run, if one did.
@@ -83,6 +95,12 @@ fn wait_for(set: &libc::sigset_t, shared: &Shared) {
         // SAFETY: both pointers are to initialized data that lives through the call.
         if unsafe { libc::sigwait(set, &raw mut signal) } != 0 {
             return;
+        }
+        if signal == libc::SIGUSR1 {
+            if let Some(report) = lock(&shared.report).as_ref() {
+                report();
+            }
+            continue;
         }
         let first = shared.caught.swap(signal, Ordering::AcqRel) == 0;
         match lock(&shared.control).as_ref() {

@@ -20,6 +20,7 @@ use crate::devices::irqchip::IrqChip;
 use crate::devices::{Bus, MachineControl, MachineEvent};
 use crate::engine::{Engine, EngineError};
 use crate::nested::{After, Nested};
+use crate::recorder::Recorder;
 use crate::vcpu_signal::VcpuSignal;
 use crate::vm::Stop;
 
@@ -312,14 +313,24 @@ impl Vcpu {
             Activity::Halted if !self.cpu.state.nmi_blocked => signals | Attention::NMI,
             _ => signals,
         };
+        if let Some(recorder) = self.recorder() {
+            recorder.sleep();
+        }
         if self.clock.source() == ClockSource::Virtual {
             while self.signal.attention.get() & wake_by == 0 && self.clock.skip_to_next_deadline() {
                 self.clock.fire_due();
             }
         }
         self.signal.wait(wake_by, None);
+        if let Some(recorder) = self.recorder() {
+            recorder.wake();
+        }
         let seen = self.signal.attention.get();
         if seen & signals != 0 { self.attend() } else { State::Running }
+    }
+
+    fn recorder(&mut self) -> Option<&mut Recorder> {
+        self.nested.as_mut()?.recorder.as_deref_mut()
     }
 
     /// What ends a wait of L2's: what L1 wants to see, and what L2 itself would take.

@@ -1,5 +1,6 @@
 //! The machine: RAM, chips, PCI devices, vCPUs; built from a [`MachineConfig`], run to its end.
 
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
@@ -20,6 +21,7 @@ use crate::boot::{self, BootState};
 use crate::chipset::Chipset;
 use crate::clock::{Clock, ClockSource};
 use crate::config::{EngineConfig, FlatImage, KernelSource, MachineConfig};
+use crate::console;
 use crate::cpu_option::CpuOption;
 use crate::crash::CrashReport;
 use crate::devices::lapic::APIC_TIMER_HZ;
@@ -31,6 +33,9 @@ use crate::engine::{Engine, Soft};
 use crate::error::RunError;
 use crate::memory::{HIGH_RAM_START, LOW_RAM_END, Ram};
 use crate::nested::{Explainer, Nested, PreemptionTimer};
+use crate::recorder::Recorder;
+use crate::stats::{AllStatistics, Statistics};
+use crate::trace::Trace;
 use crate::vcpu::{MachineBus, Vcpu};
 use crate::vcpu_signal::{VcpuSignal, lock};
 
@@ -96,6 +101,8 @@ pub struct Outcome {
     pub ready: std::time::Duration,
     /// Name of the engine.
     pub engine: &'static str,
+    /// What `--stats` counted.
+    pub statistics: Option<Statistics>,
 }
 
 /// Tells the software CPU what devices wrote.
@@ -116,6 +123,9 @@ pub struct Machine {
     stop: Arc<Stop>,
     counters: Vec<Arc<AtomicU64>>,
     engine: &'static str,
+    trace: Option<Arc<Trace>>,
+    trace_path: Option<PathBuf>,
+    statistics: Option<AllStatistics>,
 }
 
 /// The other half of what a machine needs: where COM1's output goes.
@@ -161,6 +171,7 @@ impl Machine {
         if start.efer & efer::LMA != 0 && !model.features().has(Feature::Lm) {
             return Err(RunError::NoLongMode);
         }
+        let trace = config.trace.as_ref().map(|path| start_trace(path, config, &clock)).transpose()?;
         let mut machine = Self {
             started,
             vcpus: Vec::new(),
@@ -168,6 +179,9 @@ impl Machine {
             clock,
             stop,
             counters: Vec::new(),
+            trace,
+            trace_path: config.trace.clone(),
+            statistics: config.stats.then(AllStatistics::default),
             engine: if kvm.is_some() { "kvm" } else { "soft" },
         };
         let vm = kvm.map(|host| KvmVm::new(&host, &ram)).transpose()?.map(Arc::new);
@@ -221,6 +235,8 @@ impl Machine {
             if config.explain {
                 nested.explain(Explainer::new(index));
             }
+            let statistics = self.statistics.as_mut().map(AllStatistics::add_vcpu);
+            nested.recorder = Recorder::new(index, Arc::clone(&self.clock), self.trace.clone(), statistics);
             nested
         });
         let instructions = Arc::new(AtomicU64::new(0));
@@ -247,6 +263,11 @@ impl Machine {
     /// Ends the run from outside.
     pub fn control(&self) -> Arc<dyn MachineControl> {
         Arc::clone(&self.stop) as Arc<dyn MachineControl>
+    }
+
+    /// What `--stats` counts, for looking at it meanwhile.
+    pub fn statistics(&self) -> Option<AllStatistics> {
+        self.statistics.clone()
     }
 
     /// Name of the engine chosen.
@@ -294,6 +315,9 @@ impl Machine {
         if let Some(failure) = lock(&self.stop.failure).take() {
             return Err(failure);
         }
+        if let Some((trace, path)) = self.trace.zip(self.trace_path) {
+            trace.finish().map_err(|source| RunError::Trace { path, source })?;
+        }
         let event = lock(&self.stop.event).unwrap_or(MachineEvent::Quit);
         Ok(Outcome {
             event,
@@ -301,6 +325,7 @@ impl Machine {
             instructions: self.counters.iter().map(|c| c.load(Ordering::Relaxed)).sum(),
             ready,
             engine: self.engine,
+            statistics: self.statistics.map(|all| all.sum()),
         })
     }
 }
@@ -311,6 +336,13 @@ struct StopOnPanic(Arc<Stop>);
 impl Drop for StopOnPanic {
     fn drop(&mut self) {
         self.0.request(MachineEvent::Quit);
+    }
+}
+
+fn start_trace(path: &Path, config: &MachineConfig, clock: &Arc<Clock>) -> Result<Arc<Trace>, RunError> {
+    match console::open_file(path, config.files()) {
+        Ok(file) => Ok(Trace::new(file, path, Arc::clone(clock), config.cpus as usize)),
+        Err(source) => Err(RunError::Trace { path: path.into(), source }),
     }
 }
 

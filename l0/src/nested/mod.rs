@@ -29,6 +29,8 @@ use vmcs_shadow::caps::Capabilities;
 use vmcs_shadow::exit_policy::Handler;
 use x86defs::vmx::reason;
 
+use crate::recorder::Recorder;
+
 pub use explain::Explainer;
 pub use timer::PreemptionTimer;
 
@@ -51,6 +53,8 @@ pub struct Nested {
     timer: PreemptionTimer,
     /// `--explain`.
     explainer: Option<Explainer>,
+    /// `--trace` and `--stats`.
+    pub recorder: Option<Box<Recorder>>,
 }
 
 /// What the vCPU loop does after an exit was handled.
@@ -73,6 +77,7 @@ impl Nested {
             vmcs12: None,
             timer,
             explainer: None,
+            recorder: None,
         }
     }
 
@@ -83,16 +88,23 @@ impl Nested {
 
     /// Handles a [`turtles_cpu::Exit::Vm`].
     pub fn handle(&mut self, cpu: &mut Cpu) -> After {
-        match cpu.vmx.operation {
+        if let Some(recorder) = &mut self.recorder {
+            recorder.exit(cpu);
+        }
+        let after = match cpu.vmx.operation {
             Operation::NonRoot => self.exit_of_l2(cpu),
             Operation::Off | Operation::Root => self.instruction_of_l1(cpu),
+        };
+        if let Some(recorder) = &mut self.recorder {
+            recorder.handled(cpu);
         }
+        after
     }
 
     /// An INIT signal or start-up IPI that arrives while L2 runs.
     pub fn signal_exit(&mut self, cpu: &mut Cpu, reason: u32, qualification: u64) {
         cpu.vmx.exit = VmExit { reason, qualification, ..VmExit::default() };
-        self.exit_of_l2(cpu);
+        self.handle(cpu);
     }
 
     fn exit_of_l2(&mut self, cpu: &mut Cpu) -> After {

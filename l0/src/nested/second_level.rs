@@ -2,6 +2,7 @@
 //! device or nothing, as the CPU finds out.
 
 use std::any::Any;
+use std::sync::Arc;
 
 use ept_merge::invalidate::Invalidation;
 use ept_merge::qualification::allowed_bits;
@@ -13,10 +14,14 @@ use turtles_cpu::mmu::walk::PHYSICAL_BITS;
 use turtles_cpu::phys::PhysMemory;
 use turtles_cpu::vmx::{EptAccess, EptFault, EptPage, SecondLevel};
 
+use crate::trace::{Level, Trace};
+
 /// The combined tables of one vCPU.
 pub struct CombinedTables {
     ept02: Ept02,
     faults: u64,
+    /// Where fills are told, and whose they are.
+    trace: Option<(Arc<Trace>, usize)>,
 }
 
 impl CombinedTables {
@@ -24,7 +29,7 @@ impl CombinedTables {
     pub fn new(capabilities: &vmcs_shadow::caps::Capabilities) -> Self {
         let caps = Capabilities::from_msr(capabilities.ept_vpid(), PHYSICAL_BITS);
         let root = Root::new(0, ExecuteControl::Single);
-        Self { ept02: Ept02::new(Limits::default(), caps, root), faults: 0 }
+        Self { ept02: Ept02::new(Limits::default(), caps, root), faults: 0, trace: None }
     }
 
     /// Puts an EPT pointer that VM entry accepted in force, with the VMCS's mode-based execute control and
@@ -69,6 +74,30 @@ impl CombinedTables {
         self.faults
     }
 
+    /// From now on tells every page that a walk of EPT12 finds.
+    pub fn trace_fills(&mut self, trace: &Arc<Trace>, vcpu: usize) {
+        if self.trace.is_none() {
+            self.trace = Some((Arc::clone(trace), vcpu));
+        }
+    }
+
+    #[cold]
+    fn tell(trace: &Trace, vcpu: usize, gpa: L2Gpa, page: Page) {
+        let size = ["", "4K", "2M", "1G"][(page.level() & 3) as usize];
+        let ready = page.ready();
+        let letters: String = [
+            (Permissions::READ, 'r'),
+            (Permissions::WRITE, 'w'),
+            (Permissions::EXECUTE, 'x'),
+            (Permissions::USER_EXECUTE, 'u'),
+        ]
+        .into_iter()
+        .filter_map(|(permission, letter)| ready.contains(permission).then_some(letter))
+        .collect();
+        let details = format!("{:#x} is {:#x}, {size} page, {letters}", gpa.0, page.piece(gpa).0);
+        trace.happened(vcpu, Level::L2, "EPT02 fill", &details);
+    }
+
     #[cold]
     fn refuse(&mut self, fault: Fault) -> EptFault {
         self.faults += 1;
@@ -87,8 +116,16 @@ impl SecondLevel for CombinedTables {
     #[inline]
     fn translate(&mut self, memory: &PhysMemory, gpa: u64, access: EptAccess) -> Result<EptPage, EptFault> {
         let gpa = L2Gpa(gpa);
+        let walks = self.ept02.walks();
         match self.ept02.translate(&Physical(memory), &Identity, gpa, access_of(access)) {
-            Ok(page) => Ok(page_of(page, gpa)),
+            Ok(page) => {
+                if let Some((trace, vcpu)) = &self.trace {
+                    if self.ept02.walks() != walks {
+                        Self::tell(trace, *vcpu, gpa, page);
+                    }
+                }
+                Ok(page_of(page, gpa))
+            }
             Err(fault) => Err(self.refuse(fault)),
         }
     }
@@ -150,8 +187,6 @@ impl Memory for Physical<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::sync::Arc;
-
     use vm_memory::{Bytes, GuestAddress};
 
     use crate::memory::Ram;
