@@ -30,7 +30,10 @@ enum Class {
     DoubleFault,
 }
 
-fn class_of(vector: u8) -> Class {
+fn class_of(vector: u8, kind: EventKind) -> Class {
+    if kind != EventKind::HardwareException {
+        return Class::Benign;
+    }
     match vector {
         vector::DE | vector::TS | vector::NP | vector::SS | vector::GP | vector::CP => Class::Contributory,
         vector::PF | vector::VE => Class::PageFault,
@@ -39,14 +42,15 @@ fn class_of(vector: u8) -> Class {
     }
 }
 
-/// What to deliver when `second` is raised on the way into the handler of `first`; none is shutdown.
-fn combine(first: u8, second: Fault) -> Option<Fault> {
-    let serious = matches!(class_of(second.vector), Class::Contributory | Class::PageFault);
-    match (class_of(first), class_of(second.vector)) {
+/// What to deliver when `raised` is raised on the way into the handler of `first`; none is shutdown.
+fn combine(first: Event, raised: Fault) -> Option<Fault> {
+    let second = class_of(raised.vector, EventKind::HardwareException);
+    let serious = matches!(second, Class::Contributory | Class::PageFault);
+    match (class_of(first.vector, first.kind), second) {
         (Class::Contributory, Class::Contributory) => Some(Fault::with_code(vector::DF, 0)),
         (Class::PageFault, _) if serious => Some(Fault::with_code(vector::DF, 0)),
         (Class::DoubleFault, _) if serious => None,
-        _ => Some(second),
+        _ => Some(raised),
     }
 }
 
@@ -77,9 +81,11 @@ impl Cpu {
         self.deliver_from(event, self.state.rflags())
     }
 
-    /// Delivers the fault that an instruction raised (`self.fault`) from `state.rip`; false is shutdown.
-    pub(crate) fn deliver_fault(&mut self) -> bool {
-        self.deliver_fault_after(None)
+    /// Delivers the fault that an instruction raised, or the delivery of an event (`self.fault`), from `state.rip`;
+    /// false is shutdown.
+    pub(crate) fn deliver_fault(&mut self) -> Exec<bool> {
+        let during = self.vectoring.take();
+        self.deliver_fault_during(during)
     }
 
     /// Raises #DB as a fault; `bits` go to DR6.
@@ -87,7 +93,8 @@ impl Cpu {
         self.raise(Fault { address: bits, ..Fault::plain(vector::DB) })
     }
 
-    fn exception(&mut self, fault: Fault) -> Event {
+    /// The event that a fault is, after what it does to CR2 or the debug registers.
+    pub(crate) fn exception(&mut self, fault: Fault) -> Event {
         match fault.vector {
             vector::PF => self.state.cr2 = fault.address,
             vector::DB => self.enter_debug(fault.address),
@@ -112,27 +119,32 @@ impl Cpu {
         }
     }
 
-    /// Delivers `self.fault`, raised on the way into the handler of vector `first` if there is one.
-    pub(crate) fn deliver_fault_after(&mut self, mut first: Option<u8>) -> bool {
+    /// Delivers `self.fault`, raised on the way into the handler of `during` if there is one; false is shutdown.
+    pub(crate) fn deliver_fault_during(&mut self, mut during: Option<Event>) -> Exec<bool> {
         for _ in 0..MAX_NESTING {
             let raised = self.fault;
-            if raised.vector == vector::PF {
+            let Some(fault) = during.map_or(Some(raised), |event| combine(event, raised)) else { break };
+            if raised.vector == vector::PF && fault.vector != vector::PF {
                 self.state.cr2 = raised.address;
             }
-            let Some(fault) = first.map_or(Some(raised), |f| combine(f, raised)) else { break };
-            let event = self.exception(fault);
             // An instruction breakpoint's handler decides itself whether to set RF; every other fault sets it.
             let breakpoint = fault.vector == vector::DB && fault.address & dr::DR6_BD == 0;
             let flags = self.state.rflags() | if breakpoint { 0 } else { rflags::RF };
-            if self.deliver_from(event, flags).is_ok() {
+            // A double fault is not something that happened on the way: it is what has become of both.
+            let outer = during.filter(|_| fault == raised);
+            self.exit_on_exception(fault, outer, flags)?;
+            let event = self.exception(fault);
+            match self.deliver_from(event, flags) {
                 // A task switch on the way may have met its end in the new task.
-                return self.state.activity != Activity::Shutdown;
+                Ok(()) => return Ok(self.state.activity != Activity::Shutdown),
+                Err(Trap::Exit) => return Err(Trap::Exit),
+                Err(_) => during = self.vectoring.take(),
             }
-            first = Some(fault.vector);
         }
+        self.exit_on_triple_fault()?;
         self.state.activity = Activity::Shutdown;
         self.attend();
-        false
+        Ok(false)
     }
 
     /// Delivers `event` with `flags` as the image of RFLAGS to save.
@@ -149,13 +161,17 @@ impl Cpu {
             self.deliver_protected(event, flags)
         };
         self.delivering = false;
-        if done.is_ok() {
-            if self.state.activity == Activity::Halted {
-                self.state.activity = Activity::Active;
+        match done {
+            Ok(()) => {
+                if self.state.activity == Activity::Halted || self.non_root() {
+                    self.state.activity = Activity::Active;
+                }
+                self.state.shadow = Shadow::None;
+                self.refresh_mode();
+                self.attend();
             }
-            self.state.shadow = Shadow::None;
-            self.refresh_mode();
-            self.attend();
+            Err(Trap::Exit) => self.record_delivery(event, flags),
+            Err(_) => self.vectoring = Some(event),
         }
         done
     }
@@ -410,8 +426,7 @@ impl Cpu {
         if !found.descriptor.present() {
             return Err(self.selector_fault(vector::NP, selector, ext));
         }
-        let first = (event.kind == EventKind::HardwareException).then_some(event.vector);
-        self.switch_task(&found, Switch::Interrupt { flags, error_code: event.error_code, ext, first })
+        self.switch_task(&found, Switch::Interrupt { flags, ext, event })
     }
 }
 

@@ -5,6 +5,7 @@
 //! delivered and pieces of repeated instructions take time as well (`stalls`): without them a guest that faults at
 //! its fault handler, or repeats MOVS for ever, would never use up a budget, and virtual time would stand still.
 
+use x86defs::vmx::{pin, primary};
 use x86defs::{dr, rflags, vector};
 
 use crate::attention::Attention;
@@ -16,12 +17,32 @@ use crate::trap::{Exec, Fault, Trap};
 use crate::{Cpu, Exit};
 
 /// IA32_DEBUGCTL.BTF: TF traps after taken branches only.
-const DEBUGCTL_BTF: u64 = 2;
+pub(crate) const DEBUGCTL_BTF: u64 = 2;
+
+/// What is due between two instructions.
+pub(crate) enum Due {
+    Nothing,
+    /// [`crate::state::CpuState::injected`].
+    Injected,
+    /// A fault from the owner.
+    Raised,
+    /// A VM exit for this reason.
+    Exit(u32),
+    /// Pending debug exceptions.
+    Debug,
+    Nmi,
+    /// The owner wants to know that interrupts can be taken.
+    Window,
+    VirtualInterrupt,
+    Interrupt,
+}
 
 /// What the run loop does next.
 enum Next {
     /// Whole blocks until something asks to look up.
     Blocks,
+    /// Look up again.
+    Again,
     /// One instruction, then look up again.
     One,
     Leave(Exit),
@@ -47,6 +68,7 @@ impl Cpu {
             if self.look_up || self.attention.get() != 0 {
                 match self.between_instructions(limit) {
                     Next::Blocks => {}
+                    Next::Again => continue,
                     Next::One => {
                         if let Some(exit) = self.one_instruction() {
                             return exit;
@@ -91,99 +113,188 @@ impl Cpu {
             self.tlb.forget_writes();
             self.attention.clear(Attention::FORGET_WRITES);
         }
-        if let Some(exit) = self.finish_apic_operation() {
-            return Next::Leave(exit);
+        if attention & Attention::PREEMPTION != 0 && !self.under_pin(pin::PREEMPTION_TIMER) {
+            self.attention.clear(Attention::PREEMPTION);
+        }
+        if let Some(trap) = self.finish_apic_operation() {
+            if let Some(exit) = self.take_trap(trap) {
+                return Next::Leave(exit);
+            }
         }
         if attention & (Attention::CANCEL | Attention::INIT | Attention::SIPI) != 0 {
             return Next::Leave(Exit::Attention);
         }
         let before = self.state.activity;
         if before != Activity::Active && !self.would_wake(attention) {
-            return Next::Leave(if before == Activity::Shutdown { Exit::Shutdown } else { Exit::Halted });
+            return Next::Leave(self.idle());
         }
         let ticks = self.state.ticks();
         if ticks >= limit {
             return Next::Leave(Exit::Budget);
         }
-        self.state.activity = Activity::Active;
+        // In non-root operation an event that causes a VM exit leaves the guest in its inactive state.
+        if !self.non_root() {
+            self.state.activity = Activity::Active;
+        }
         if let Some(exit) = self.deliver_due(attention) {
             return Next::Leave(exit);
         }
-        if before == Activity::Halted && self.state.ticks() == ticks {
+        if before != Activity::Active && self.state.ticks() == ticks {
             // The interrupt has gone since it asked for attention: HLT goes on.
-            self.state.activity = Activity::Halted;
-            return Next::Leave(Exit::Halted);
+            self.state.activity = before;
+            return Next::Leave(self.idle());
         }
-        if self.state.ticks() >= limit {
-            return Next::Leave(Exit::Budget);
+        if self.state.ticks() != ticks {
+            // What was delivered may have made something else due.
+            self.attend();
+            return Next::Again;
         }
         let flags = rflags::TF | rflags::RF;
         let code_breakpoints = self.state.dr7 & dr::DR7_ENABLES != 0 && self.has_code_breakpoints();
-        let careful = self.state.system_flag(flags) || self.state.shadow != Shadow::None || code_breakpoints;
-        self.look_up = careful || self.virtual_interrupt_pending();
+        let careful = self.state.system_flag(flags)
+            || self.state.shadow != Shadow::None
+            || code_breakpoints
+            || self.under_primary(primary::MONITOR_TRAP_FLAG);
+        self.look_up = careful;
         if careful { Next::One } else { Next::Blocks }
     }
 
-    /// True if something would end HLT.
-    fn would_wake(&self, attention: u32) -> bool {
-        let waiting = attention & Attention::INTERRUPT != 0 || self.virtual_interrupt_pending();
-        let interrupt = waiting && self.state.system_flag(rflags::IF);
+    /// How an inactive state is told to the owner.
+    fn idle(&self) -> Exit {
+        let stopped = self.state.activity == Activity::Shutdown && !self.non_root();
+        if stopped { Exit::Shutdown } else { Exit::Halted }
+    }
+
+    /// True if something would end the inactive state.
+    fn would_wake(&mut self, attention: u32) -> bool {
+        if self.non_root() {
+            return !matches!(self.due_in_non_root(attention), Due::Nothing);
+        }
+        let interrupt = attention & Attention::INTERRUPT != 0 && self.state.system_flag(rflags::IF);
         let nmi = attention & Attention::NMI != 0 && !self.state.nmi_blocked;
         let debug = self.state.pending_debug != 0;
         self.state.activity == Activity::Halted
             && (interrupt || nmi || debug || self.state.injected.is_some())
     }
 
+    /// What is due before the next instruction.
+    fn due(&self, attention: u32) -> Due {
+        let open = self.state.shadow == Shadow::None;
+        if self.state.injected.is_some() {
+            Due::Injected
+        } else if self.state.pending_debug != 0 && self.state.shadow != Shadow::MovSs {
+            Due::Debug
+        } else if attention & Attention::NMI != 0 && !self.state.nmi_blocked && open {
+            Due::Nmi
+        } else if !open || !self.state.system_flag(rflags::IF) {
+            Due::Nothing
+        } else if self.want_interrupt_window {
+            Due::Window
+        } else if attention & Attention::INTERRUPT != 0 {
+            Due::Interrupt
+        } else {
+            Due::Nothing
+        }
+    }
+
     /// Delivers one event if one is due.
     fn deliver_due(&mut self, attention: u32) -> Option<Exit> {
-        let shadow = self.state.shadow;
-        let event = if let Some(event) = self.state.injected.take() {
-            event
-        } else if self.state.pending_debug != 0 && shadow != Shadow::MovSs {
-            // Traps after the instruction before: single-step, data and I/O breakpoints, task switch.
-            let hits = std::mem::take(&mut self.state.pending_debug);
-            self.raise_debug(hits);
-            return self.finish_fault();
-        } else if attention & Attention::NMI != 0 && !self.state.nmi_blocked && shadow == Shadow::None {
-            self.attention.clear(Attention::NMI);
-            Event { vector: vector::NMI, kind: EventKind::Nmi, error_code: None, instruction_length: 0 }
-        } else if let Some(event) = self.take_virtual_interrupt() {
-            event
-        } else if self.state.system_flag(rflags::IF) && shadow == Shadow::None {
-            if self.want_interrupt_window {
-                return Some(Exit::InterruptWindow);
+        let due = if self.non_root() { self.due_in_non_root(attention) } else { self.due(attention) };
+        let event = match due {
+            Due::Nothing => return None,
+            Due::Window => return Some(Exit::InterruptWindow),
+            Due::Exit(reason) => {
+                let trap = self.exit_between_instructions(reason);
+                return self.take_trap(trap);
             }
-            if attention & Attention::INTERRUPT == 0 {
-                return None;
+            Due::Debug => {
+                let hits = std::mem::take(&mut self.state.pending_debug);
+                self.raise_debug(hits);
+                return self.finish_fault();
             }
-            let vector = self.bus().acknowledge_interrupt()?;
-            if self.process_posted_interrupts(vector) {
-                return self.deliver_due(self.attention.get());
+            Due::Raised => {
+                self.fault = self.vmx.raised.take()?;
+                return self.finish_fault();
             }
-            Event { vector, kind: EventKind::ExternalInterrupt, error_code: None, instruction_length: 0 }
-        } else {
-            return None;
+            Due::Injected => {
+                let event = self.state.injected.take()?;
+                return self.deliver_injected(event);
+            }
+            Due::Nmi => {
+                self.attention.clear(Attention::NMI);
+                if let Err(trap) = self.exit_on_nmi() {
+                    return self.take_trap(trap);
+                }
+                Event::new(vector::NMI, EventKind::Nmi)
+            }
+            Due::Interrupt => {
+                match self.exit_on_interrupt() {
+                    Ok(()) => {}
+                    // It has gone, or was the notification of posted interrupts.
+                    Err(Trap::Again) => return None,
+                    Err(trap) => return self.take_trap(trap),
+                }
+                Event::new(self.bus().acknowledge_interrupt()?, EventKind::ExternalInterrupt)
+            }
+            Due::VirtualInterrupt => self.take_virtual_interrupt()?,
         };
+        self.deliver_event(event)
+    }
+
+    fn deliver_event(&mut self, event: Event) -> Option<Exit> {
         self.state.shadow = Shadow::None;
         self.attend();
         match self.deliver(event) {
             Ok(()) => {
                 self.state.stalls += 1;
+                self.note_monitor_trap();
                 None
             }
             Err(trap) => self.take_trap(trap),
         }
     }
 
+    /// An event that the owner has set, on VM entry or for another engine. Software events save RIP past the instruction
+    /// they stand for; if they cannot be delivered, RIP is at it.
+    fn deliver_injected(&mut self, event: Event) -> Option<Exit> {
+        let rip = self.state.rip;
+        self.drop_pending_debug(event);
+        if event.kind.has_length() {
+            self.state.rip = self.wrap_ip(rip.wrapping_add(u64::from(event.instruction_length)));
+        }
+        self.state.shadow = Shadow::None;
+        self.attend();
+        match self.deliver(event) {
+            Ok(()) => {
+                self.state.stalls += 1;
+                self.note_monitor_trap();
+                None
+            }
+            Err(trap) => {
+                self.state.rip = rip;
+                self.take_trap(trap)
+            }
+        }
+    }
+
+    /// Delivers `fault`, or causes the VM exit it calls for.
     fn finish_fault(&mut self) -> Option<Exit> {
         self.attend();
         self.state.stalls += 1;
-        self.state.shadow = Shadow::None;
-        if self.deliver_fault() {
-            return None;
+        let done = self.deliver_fault();
+        match done {
+            Ok(true) => {
+                self.iret_unblocked = false;
+                self.note_monitor_trap();
+                None
+            }
+            Ok(false) => {
+                self.state.shadow = Shadow::None;
+                self.state.activity = Activity::Shutdown;
+                Some(Exit::Shutdown)
+            }
+            Err(trap) => self.take_trap(trap),
         }
-        self.state.activity = Activity::Shutdown;
-        Some(Exit::Shutdown)
     }
 
     /// Acts on an instruction that did not complete; RIP is at it.
@@ -193,15 +304,21 @@ impl Cpu {
             Trap::Again => {
                 self.attend();
                 self.state.stalls += 1;
+                self.note_monitor_trap();
                 None
             }
-            Trap::Exit => Some(self.exit),
+            Trap::Exit => {
+                if self.non_root() {
+                    self.settle_exit();
+                }
+                Some(self.exit)
+            }
         }
     }
 
     /// True when repeated string instructions must stop after each element.
     pub(crate) fn single_stepping(&self) -> bool {
-        self.state.system_flag(rflags::TF)
+        self.state.system_flag(rflags::TF) || self.under_primary(primary::MONITOR_TRAP_FLAG)
     }
 
     fn has_code_breakpoints(&self) -> bool {
@@ -232,6 +349,7 @@ impl Cpu {
                 if self.step_trap && (branched || self.state.msrs.debugctl & DEBUGCTL_BTF == 0) {
                     self.state.pending_debug |= dr::DR6_BS;
                 }
+                self.note_monitor_trap();
                 None
             }
             Err(Trap::Again) => {

@@ -33,7 +33,7 @@ use bus::Bus;
 use cpuid::CpuModel;
 use mmu::tlb::{DataEntry, Mode, Tlb};
 use phys::{Peer, PhysMemory};
-use state::CpuState;
+use state::{CpuState, Event};
 use trap::Fault;
 use vmx::{Controls, Operation, Vmx};
 
@@ -89,6 +89,10 @@ pub struct Cpu {
     pub(crate) apic_page: u64,
     /// An event is on its way through the IDT.
     pub(crate) delivering: bool,
+    /// What was on its way into its handler when `fault` was raised.
+    pub(crate) vectoring: Option<Event>,
+    /// The IRET under way has unblocked NMIs.
+    pub(crate) iret_unblocked: bool,
     /// The instruction under way is followed by a single-step trap.
     pub(crate) step_trap: bool,
     /// Return [`Exit::InterruptWindow`] as soon as interrupts can be taken.
@@ -136,6 +140,8 @@ impl Cpu {
             non_canonical: false,
             apic_page: u64::MAX,
             delivering: false,
+            vectoring: None,
+            iret_unblocked: false,
             step_trap: false,
             want_interrupt_window: false,
             apic_id,
@@ -200,6 +206,8 @@ impl Cpu {
     pub fn enter_non_root(&mut self, controls: Controls) {
         self.vmx.controls = controls;
         self.vmx.pause_loop = None;
+        self.vmx.check_timer = true;
+        self.vmx.raised = None;
         self.vmx.operation = Operation::NonRoot;
         self.refresh_space();
         self.enter_virtual_apic();
@@ -221,9 +229,11 @@ impl Cpu {
         self.state.instructions += 1;
         self.state.shadow = state::Shadow::None;
         self.state.set_rflags(self.state.rflags() & !x86defs::rflags::RF);
-        if self.state.system_flag(x86defs::rflags::TF) {
+        let steps = self.state.msrs.debugctl & exec::DEBUGCTL_BTF == 0;
+        if steps && self.state.system_flag(x86defs::rflags::TF) {
             self.state.pending_debug |= x86defs::dr::DR6_BS;
         }
+        self.note_monitor_trap();
         self.attend();
     }
 

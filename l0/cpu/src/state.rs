@@ -143,6 +143,13 @@ pub struct Event {
     pub instruction_length: u8,
 }
 
+impl Event {
+    /// An event that comes with nothing but its vector.
+    pub(crate) fn new(vector: u8, kind: EventKind) -> Self {
+        Self { vector, kind, error_code: None, instruction_length: 0 }
+    }
+}
+
 /// x87 state in the layout of FXSAVE's first 160 bytes (64-bit form), so that the host can load it as it is.
 ///
 /// The x87 last-instruction pointers (FIP, FDP, FOP) are the guest's. ST registers are in stack order.

@@ -1,6 +1,7 @@
 //! IRET in every mode.
 
 use iced_x86::{Code, Instruction, Mnemonic};
+use x86defs::vmx::pin;
 use x86defs::{cr4, rflags};
 
 use super::descriptor::rpl;
@@ -167,6 +168,15 @@ impl Cpu {
         Ok(())
     }
 
+    /// IRET unblocks NMIs even if it faults ("Handling Multiple NMIs"). With NMI exiting it does nothing to real NMIs: what
+    /// it unblocks is virtual ones, if there are any ("Changes to Instruction Behavior in VMX Non-Root Operation").
+    fn unblock_nmis(&mut self) {
+        let pin = if self.non_root() { self.vmx.controls.pin } else { 0 };
+        if pin & pin::NMI_EXITING == 0 || pin & pin::VIRTUAL_NMIS != 0 {
+            self.iret_unblocked = std::mem::take(&mut self.state.nmi_blocked);
+        }
+    }
+
     fn return_same_with_stack(&mut self, stack: &NewStack) {
         *self.state.seg_mut(Seg::Ss) = stack.ss;
         self.adopt_stack_pointer(stack);
@@ -179,6 +189,7 @@ fn iret(cpu: &mut Cpu, cold: &Cold) -> Exec {
         Code::Iretd => 4,
         _ => 8,
     };
+    cpu.unblock_nmis();
     if !cpu.state.protected() {
         let to = cpu.iret_frame(size)?;
         cpu.iret_real(to)?;
@@ -187,7 +198,7 @@ fn iret(cpu: &mut Cpu, cold: &Cold) -> Exec {
     } else {
         cpu.iret_protected(size)?;
     }
-    cpu.state.nmi_blocked = false;
+    cpu.iret_unblocked = false;
     cpu.attend();
     Ok(())
 }

@@ -139,6 +139,7 @@ fn sysexit(cpu: &mut Cpu, cold: &Cold) -> Exec {
 }
 
 fn software_event(cpu: &mut Cpu, cold: &Cold, vector: u8, kind: EventKind) -> Exec {
+    cpu.exit_on_software_exception(vector, kind)?;
     let instruction_length = cold.insn.len() as u8;
     cpu.deliver(Event { vector, kind, error_code: None, instruction_length })?;
     // The gate has cleared TF: the handler's first instruction is not preceded by a single-step trap.

@@ -5,13 +5,14 @@
 //! instruction counts as done.
 
 use x86defs::segment::{self, SELECTOR_TI, system};
+use x86defs::vmx::reason;
 use x86defs::{cr0, cr4, dr, rflags, vector};
 
 use super::descriptor::{Found, is_null, rpl};
 use super::segment::{data_loadable, null_segment};
 use crate::Cpu;
 use crate::mmu::walk::{Access, Privilege};
-use crate::state::{Seg, Segment};
+use crate::state::{Event, Seg, Segment};
 use crate::trap::Exec;
 
 /// What switches tasks.
@@ -21,18 +22,27 @@ pub(crate) enum Switch {
     Call,
     /// IRET with NT set.
     Return,
-    /// An event through a task gate; `flags` is the image to save, `first` the vector if it is an exception.
+    /// An event through a task gate; `flags` is the image to save.
     Interrupt {
         flags: u64,
-        error_code: Option<u32>,
         ext: u32,
-        first: Option<u8>,
+        event: Event,
     },
 }
 
 impl Switch {
     fn ext(self) -> u32 {
         if let Self::Interrupt { ext, .. } = self { ext } else { 0 }
+    }
+
+    /// In the exit qualification of task switches.
+    fn source(self) -> u64 {
+        match self {
+            Self::Call => 0,
+            Self::Return => 1,
+            Self::Jump => 2,
+            Self::Interrupt { .. } => 3,
+        }
     }
 
     /// The old task stays busy, linked to by the new one.
@@ -112,6 +122,11 @@ impl Cpu {
         if (found.descriptor.limit() as usize) < size - 1 {
             return Err(self.selector_fault(vector::TS, found.selector, ext));
         }
+        if self.non_root() {
+            // "Treatment of Task Switches": not allowed, once these checks have passed.
+            let qualification = how.source() << 30 | u64::from(found.selector);
+            return Err(self.vm_exit(reason::TASK_SWITCH, qualification));
+        }
         let mut bytes = [0; TSS32_SIZE];
         self.read_table(u64::from(found.descriptor.base()), &mut bytes[..size])?;
         let image = if narrow { Image::of16(&bytes) } else { Image::of32(&bytes) };
@@ -138,9 +153,9 @@ impl Cpu {
 
         // The new task's own problems from here on.
         if self.load_task_segments(&image, how).is_err() {
-            let first = if let Switch::Interrupt { first, .. } = how { first } else { None };
+            let during = if let Switch::Interrupt { event, .. } = how { Some(event) } else { None };
             self.refresh_mode();
-            self.deliver_fault_after(first);
+            self.deliver_fault_during(during)?;
         }
         Ok(())
     }
@@ -267,7 +282,7 @@ impl Cpu {
         if self.state.rip > u64::from(self.state.seg(Seg::Cs).limit) {
             return Err(self.raise(crate::trap::Fault::gp(ext)));
         }
-        if let Switch::Interrupt { error_code: Some(code), .. } = how {
+        if let Switch::Interrupt { event: Event { error_code: Some(code), .. }, .. } = how {
             let size = if is_tss16(self.state.tr.access) { 2 } else { 4 };
             self.push_after_switch(size, u64::from(code), ext)?;
         }

@@ -15,11 +15,11 @@ use x86defs::msr::{self, apic_base};
 use x86defs::rflags;
 use x86defs::vmx::{pin, primary, reason, secondary};
 
+use crate::Cpu;
 use crate::bus::MsrRefused;
 use crate::mmu::walk::Access;
 use crate::state::{Event, EventKind, Shadow};
 use crate::trap::{Exec, Trap};
-use crate::{Cpu, Exit};
 
 /// Page offsets of registers.
 mod register {
@@ -163,7 +163,7 @@ impl Cpu {
 
     /// Acts on what the operation that is over wrote; a VM exit may come of it. An event injected by the VM entry is
     /// delivered first.
-    pub(crate) fn finish_apic_operation(&mut self) -> Option<Exit> {
+    pub(crate) fn finish_apic_operation(&mut self) -> Option<Trap> {
         if let Some((offset, _)) = self.vmx.apic.written.take() {
             self.emulate_apic_write(offset);
         }
@@ -171,8 +171,7 @@ impl Cpu {
             return None;
         }
         let (reason, qualification) = self.vmx.apic.exit.take()?;
-        self.vm_exit(reason, qualification);
-        Some(self.exit)
+        Some(self.vm_exit(reason, qualification))
     }
 }
 

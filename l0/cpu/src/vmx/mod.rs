@@ -13,6 +13,7 @@
 
 mod apic;
 mod ept;
+mod events;
 pub(crate) mod information;
 pub(crate) mod instructions;
 mod owner;
@@ -23,7 +24,7 @@ use vmcs_shadow::Vmcs;
 use vmcs_shadow::access::Access;
 
 use crate::phys::PhysMemory;
-use crate::trap::Trap;
+use crate::trap::{Fault, Trap};
 use crate::{Cpu, Exit};
 
 /// What the processor is doing as far as VMX goes.
@@ -56,6 +57,10 @@ pub struct Vmx {
     /// The last PAUSEs, since the last VM entry.
     pub(crate) pause_loop: Option<instructions::PauseLoop>,
     pub(crate) apic: apic::VirtualApic,
+    /// Compare the VMX-preemption timer's deadline with the TSC before the next instruction.
+    pub(crate) check_timer: bool,
+    /// A fault for RIP, from the owner.
+    pub(crate) raised: Option<Fault>,
 }
 
 impl Vmx {

@@ -1,9 +1,10 @@
 //! What the owner of a vCPU does to it between VM exit and VM entry.
 
-use x86defs::msr;
+use x86defs::{msr, rflags};
 
 use crate::Cpu;
 use crate::bus::MsrRefused;
+use crate::trap::Fault;
 
 impl Cpu {
     /// WRMSR as VM entry and VM exit do it for the entries of a list; false where it would raise #GP(0).
@@ -24,5 +25,17 @@ impl Cpu {
         let ticks = self.state.ticks();
         let clock = self.bus().tsc(ticks);
         self.state.tsc(clock)
+    }
+
+    /// Raises `fault` at RIP as the instruction there would have: in non-root operation it may cause a VM exit.
+    pub fn inject_fault(&mut self, fault: Fault) {
+        if self.non_root() {
+            self.vmx.raised = Some(fault);
+        } else {
+            let event = self.exception(fault);
+            self.state.injected = Some(event);
+            self.state.rflags_system |= rflags::RF;
+        }
+        self.attend();
     }
 }
