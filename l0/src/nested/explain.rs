@@ -42,12 +42,11 @@ impl Explainer {
         }
         let what = reason::name(cpu.vmx.exit.reason);
         let text = format!(
-            "{what} {how}. Rule {}: {}. (SDM volume 3, \"{}\".){fields}",
-            rule.name(),
+            "{what} {how}. Rule {rule}: {}. (SDM volume 3, \"{}\".){fields}",
             rule.describe(),
             rule.section()
         );
-        self.tell(cpu, rule.name(), &text);
+        self.tell(cpu, &rule.to_string(), &text);
     }
 
     /// A VMX instruction that fails with a VM-instruction error, or with VMfailInvalid (none).
