@@ -37,6 +37,15 @@ pub(crate) struct Block {
     pub len: u16,
 }
 
+/// The part of a block that executing it takes: small enough to be returned in registers.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub(crate) struct Run {
+    pub first: u32,
+    pub count: u16,
+    pub len: u16,
+}
+
 const EMPTY: Block = Block {
     key: u64::MAX,
     code: ptr::null(),
@@ -66,6 +75,12 @@ impl Block {
         // SAFETY: a slot with a matching key was filled by `new`, and `CodePage`s live as long as the memory, which
         // the CPU keeps alive.
         unsafe { (*self.code).version() == self.version }
+    }
+
+    /// What is to be executed of it.
+    #[inline(always)]
+    pub(crate) fn run(&self) -> Run {
+        Run { first: self.first, count: self.count, len: self.len }
     }
 
     /// The same for the second page of a page-crossing instruction.
@@ -127,9 +142,9 @@ impl Default for BlockCache {
 impl BlockCache {
     /// The block for `key`, if it is here and fresh.
     #[inline(always)]
-    pub(crate) fn find(&self, key: u64) -> Option<Block> {
+    pub(crate) fn find(&self, key: u64) -> Option<&Block> {
         let block = &self.slots[slot(key)];
-        (block.key == key && block.is_fresh()).then_some(*block)
+        (block.key == key && block.is_fresh()).then_some(block)
     }
 
     /// Makes room for one more block, emptying everything if needed. Only between blocks.

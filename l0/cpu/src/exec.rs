@@ -9,7 +9,7 @@ use x86defs::vmx::{pin, primary};
 use x86defs::{dr, rflags, vector};
 
 use crate::attention::Attention;
-use crate::block::{Block, MAX_BLOCK, key};
+use crate::block::{MAX_BLOCK, Run, key};
 use crate::op::Op;
 use crate::phys::Inside;
 use crate::state::{Activity, Event, EventKind, SLOT_BLOCK_IP, Seg, Shadow};
@@ -98,7 +98,7 @@ impl Cpu {
                 }
                 continue;
             }
-            if let Err(trap) = self.execute(&block, block.count as usize) {
+            if let Err(trap) = self.execute(block, block.count as usize) {
                 if let Some(exit) = self.take_trap(trap) {
                     return exit;
                 }
@@ -342,7 +342,7 @@ impl Cpu {
         self.state.rflags_system &= !rflags::RF;
         self.step_trap = trap_flag;
         let sequential = self.wrap_ip(self.state.rip.wrapping_add(u64::from(block.len)));
-        let result = self.execute(&block, 1);
+        let result = self.execute(block, 1);
         match result {
             Ok(()) => {
                 let branched = block.count == 1 && self.state.rip != sequential;
@@ -395,7 +395,7 @@ impl Cpu {
 
     /// The block at RIP, decoded if need be; raises fetch faults.
     #[inline(always)]
-    fn find_block(&mut self) -> Exec<Block> {
+    fn find_block(&mut self) -> Exec<Run> {
         let rip = self.state.rip;
         let linear = self.linear_base[Seg::Cs as usize].wrapping_add(rip);
         let user = self.state.cpl == 3;
@@ -404,7 +404,7 @@ impl Cpu {
             if entry.page == linear & !4095 {
                 if let Some(block) = self.blocks.find(key(entry.physical | linear & 4095, 64)) {
                     if !block.crosses() {
-                        return Ok(block);
+                        return Ok(block.run());
                     }
                 }
             }
@@ -413,7 +413,7 @@ impl Cpu {
     }
 
     #[inline(never)]
-    fn find_block_slow(&mut self, rip: u64, linear: u64) -> Exec<Block> {
+    fn find_block_slow(&mut self, rip: u64, linear: u64) -> Exec<Run> {
         if self.code_bits == 64 {
             if !self.is_canonical(linear) {
                 return Err(self.raise(Fault::gp(0)));
@@ -424,24 +424,24 @@ impl Cpu {
         let linear = self.wrap(linear);
         let physical = self.fetch_physical(linear)?;
         let found = match self.blocks.find(key(physical, self.code_bits)) {
-            Some(block) if !block.crosses() => Some(block),
-            Some(block) => {
+            Some(block) if !block.crosses() => Some(block.run()),
+            Some(&block) => {
                 let next_page = self.wrap((linear | 4095).wrapping_add(1));
                 let second = self.fetch_physical(next_page)?;
-                (second == block.second_physical && block.second_is_fresh()).then_some(block)
+                (second == block.second_physical && block.second_is_fresh()).then_some(block.run())
             }
             None => None,
         };
         let block = match found {
             Some(block) => block,
-            None => self.decode_block(linear, physical)?,
+            None => self.decode_block(linear, physical)?.run(),
         };
         self.clip_to_segment(rip, block)
     }
 
     /// Outside 64-bit mode a block may reach past the code segment's limit: only what lies before it is executed;
     /// an instruction that itself crosses the limit faults.
-    fn clip_to_segment(&mut self, rip: u64, mut block: Block) -> Exec<Block> {
+    fn clip_to_segment(&mut self, rip: u64, mut block: Run) -> Exec<Run> {
         if self.code_bits == 64 {
             return Ok(block);
         }
@@ -461,7 +461,7 @@ impl Cpu {
     /// Executes the first `most` instructions of a block. On return RIP is at the next instruction, or at the one
     /// that trapped, and completed instructions are counted.
     #[inline(always)]
-    fn execute(&mut self, block: &Block, most: usize) -> Exec {
+    fn execute(&mut self, block: Run, most: usize) -> Exec {
         debug_assert!(most <= MAX_BLOCK);
         let base = self.state.rip;
         self.state.gpr.raw[(SLOT_BLOCK_IP / 8) as usize] = base;
