@@ -7,7 +7,7 @@ use turtles_cpu::state::{Event, EventKind, Shadow};
 use turtles_cpu::vmx::Controls;
 use vmcs_shadow::caps::PREEMPTION_TIMER_RATE;
 use vmcs_shadow::check::{self, Inputs, Rule};
-use vmcs_shadow::{Field, Vmcs};
+use vmcs_shadow::{Field, Vmcs, merge};
 use x86defs::vmx::{event, insn_error, pin, reason, secondary};
 
 use super::controls::{NO_VPID, controls};
@@ -142,8 +142,9 @@ impl Nested {
         }
         cpu.state.instructions += 1;
         self.launched = true;
-        // STEP 7: the controls to run under.
-        let mut controls = controls(&vmcs12);
+        // STEP 7: VMCS02 out of L0's wishes and L1's.
+        let vmcs02 = merge::merge(&self.vmcs01, &vmcs12);
+        let mut controls = controls(&vmcs02);
         self.select_tables(cpu, &vmcs12, &controls);
         self.start_timer(cpu, &vmcs12, &mut controls, tsc);
         // STEP 8: event injection.

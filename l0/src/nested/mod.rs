@@ -24,9 +24,9 @@ use std::sync::Arc;
 
 use turtles_cpu::Cpu;
 use turtles_cpu::vmx::{Operation, VmExit};
-use vmcs_shadow::Vmcs;
 use vmcs_shadow::caps::Capabilities;
 use vmcs_shadow::exit_policy::Handler;
+use vmcs_shadow::{Vmcs, merge};
 use x86defs::vmx::reason;
 
 use crate::recorder::Recorder;
@@ -50,6 +50,8 @@ pub struct Nested {
     shadow_launched: bool,
     /// VMCS12 while L2 runs.
     vmcs12: Option<Box<Vmcs>>,
+    /// What L0 itself asks for.
+    vmcs01: Vmcs,
     timer: PreemptionTimer,
     /// `--explain`.
     explainer: Option<Explainer>,
@@ -68,6 +70,7 @@ pub enum After {
 impl Nested {
     /// Virtual VMX as `capabilities` has it.
     pub fn new(capabilities: Arc<Capabilities>, timer: PreemptionTimer) -> Self {
+        let vmcs01 = merge::passive_vmcs01(&capabilities);
         Self {
             capabilities,
             vmxon_pointer: NO_POINTER,
@@ -75,6 +78,7 @@ impl Nested {
             current_is_shadow: false,
             shadow_launched: false,
             vmcs12: None,
+            vmcs01,
             timer,
             explainer: None,
             recorder: None,
