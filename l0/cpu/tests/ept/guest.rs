@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 use iced_x86::code_asm::CodeAssembler;
 use turtles_cpu::Exit;
 use turtles_cpu::vmx::{Controls, VmExit};
-use x86defs::vmx::{reason, secondary};
+use x86defs::vmx::{primary, reason, secondary};
 
 use crate::level::{Level, Page, Table};
 use crate::machine::Machine;
@@ -15,6 +15,11 @@ pub struct Guest {
     pub table: Arc<Mutex<Table>>,
     pub controls: Controls,
 }
+
+/// Where the guest and its hypervisor see the APIC-access page, and the hypervisor the virtual-APIC page.
+pub const APIC_ACCESS: u64 = 0x30_0000;
+pub const VIRTUAL_APIC: u64 = 0x31_0000;
+const MSR_BITMAP: u64 = 0x32_0000;
 
 /// EPT pointer with four levels, write-back.
 pub const EPTP: u64 = 0x9_9000 | 0x1e;
@@ -46,6 +51,27 @@ impl Guest {
         change(&mut self.controls);
         self.enter();
         self
+    }
+
+    /// With the virtual-APIC page, the APIC-access page and these secondary controls; MSRs don't exit.
+    pub fn with_apic(self, controls: u32) -> Self {
+        self.m.cpu.memory().write(VIRTUAL_APIC, &[0; 4096]);
+        self.with(|c| {
+            c.primary |= primary::USE_TPR_SHADOW | primary::USE_MSR_BITMAPS | primary::ACTIVATE_SECONDARY;
+            c.secondary |= controls;
+            c.msr_bitmap = MSR_BITMAP;
+            c.virtual_apic_page = VIRTUAL_APIC;
+            c.apic_access_page = APIC_ACCESS;
+        })
+    }
+
+    /// A register of the virtual-APIC page.
+    pub fn apic(&self, offset: u64) -> u64 {
+        self.m.get(VIRTUAL_APIC + offset, 4)
+    }
+
+    pub fn set_apic(&mut self, offset: u64, value: u32) {
+        self.m.put32(VIRTUAL_APIC + offset, value);
     }
 
     /// With accessed and dirty flags for EPT.

@@ -45,6 +45,8 @@ pub const FREE: u16 = 0x40;
 #[derive(Default)]
 pub struct Log {
     pub written: Vec<(u16, u64)>,
+    /// Writes to physical memory that is no RAM.
+    pub mmio: Vec<(u64, u64)>,
     pub interrupts: VecDeque<u8>,
     pub cr8: u8,
 }
@@ -55,7 +57,10 @@ impl Bus for TestBus {
     fn mmio_read(&mut self, _: u64, data: &mut [u8]) {
         data.fill(0xff);
     }
-    fn mmio_write(&mut self, _: u64, _: &[u8]) {}
+    fn mmio_write(&mut self, address: u64, data: &[u8]) {
+        let value = data.iter().rev().fold(0, |v, &b| v << 8 | u64::from(b));
+        self.0.lock().unwrap().mmio.push((address, value));
+    }
     fn port_read(&mut self, port: u16, data: &mut [u8]) {
         data.copy_from_slice(&u64::from(port).to_le_bytes()[..data.len()]);
     }
