@@ -9,7 +9,7 @@ use x86defs::{cr0, vector};
 
 use crate::guest::{APIC_ACCESS, Guest, VIRTUAL_APIC};
 use crate::level::{ALL, Page, R, W};
-use crate::machine::{CODE, DATA, KERNEL_STACK, Machine, PDPT};
+use crate::machine::{CODE, DATA, IDT, KERNEL_STACK, Machine, PDPT};
 
 const ACCESSES: u32 = secondary::VIRTUALIZE_APIC_ACCESSES;
 const REGISTERS: u32 = ACCESSES | secondary::APIC_REGISTER_VIRTUALIZATION;
@@ -30,6 +30,7 @@ const WRITE_RANGES: &[u64] = &[
 const WRITE: u64 = 1 << 12;
 const FETCH: u64 = 2 << 12;
 const DELIVERING: u64 = 3 << 12;
+const PHYSICAL_DELIVERING: u64 = 10 << 12;
 const PHYSICAL: u64 = 15 << 12;
 
 fn in_range(ranges: &[u64], offset: u64, size: u64) -> bool {
@@ -216,18 +217,6 @@ fn fetches_exit() {
 }
 
 #[test]
-fn paging_structures_in_the_page_exit() {
-    let mut g = long(REGISTERS).code(|a| {
-        a.nop().unwrap();
-        a.mov(eax, dword_ptr(DATA)).unwrap();
-    });
-    g.m.steps(1);
-    g.map(PDPT, Page::new(APIC_ACCESS, ALL));
-    let exit = g.exit();
-    assert_eq!((exit.reason, exit.qualification & 0xf000), (reason::APIC_ACCESS, PHYSICAL));
-}
-
-#[test]
 fn a_read_modify_write_is_a_read_and_a_write() {
     let mut g = long(ACCESSES).code(|a| {
         a.add(dword_ptr(APIC_ACCESS + 0x80), 0x20).unwrap();
@@ -282,4 +271,35 @@ fn an_operation_writes_one_register() {
     g.m.cpu.state.gpr.set(reg::RSP, 0x5000);
     g = g.with(|c| c.tpr_threshold = 0);
     assert_eq!(g.m.vector(), 0x21);
+}
+
+#[test]
+fn event_delivery_has_its_own_type() {
+    let mut g = long(REGISTERS).code(|a| a.ud2().unwrap());
+    g.m.set(reg::RSP, APIC_ACCESS + 0x100);
+    let exit = g.exit();
+    assert_eq!(exit.reason, reason::APIC_ACCESS);
+    assert_eq!(exit.qualification & 0xf000, DELIVERING);
+    let mut g = long(REGISTERS).code(|a| a.ud2().unwrap());
+    g.map(IDT, Page::new(APIC_ACCESS, ALL));
+    assert_eq!(g.exit().qualification, DELIVERING | (16 * u64::from(vector::UD)));
+}
+
+#[test]
+fn paging_structures_in_the_page_exit() {
+    let mut g = long(REGISTERS).code(|a| {
+        a.nop().unwrap();
+        a.mov(eax, dword_ptr(DATA)).unwrap();
+    });
+    g.m.steps(1);
+    g.map(PDPT, Page::new(APIC_ACCESS, ALL));
+    let exit = g.exit();
+    assert_eq!((exit.reason, exit.qualification & 0xf000), (reason::APIC_ACCESS, PHYSICAL));
+    let mut g = long(REGISTERS).code(|a| a.ud2().unwrap());
+    g.m.put64(PDPT + 8, 0x87);
+    g.m.cpu.state.idtr.base = 0x4000_0000 + IDT;
+    g.m = g.m.with(|_| {});
+    g.m.put64(PDPT + 8, 0x10_0000 | 7);
+    g.map(0x10_0000, Page::new(APIC_ACCESS, ALL));
+    assert_eq!(g.exit().qualification & 0xf000, PHYSICAL_DELIVERING);
 }

@@ -204,7 +204,6 @@ fn posted_interrupts_are_delivered_without_an_exit() {
     post(&mut g, &[0x31, 0x7f, 0xe0]);
     assert_eq!(g.m.vector(), 0xe0);
     assert_eq!(g.m.cpu.vmx.controls.interrupt_status, 0xe07f);
-    assert_eq!(g.m.cpu.state.stalls, 1);
     assert_eq!((g.apic(0x210), g.apic(0x230), g.apic(0x270)), (1 << 0x11, 1 << 31, 0));
     for i in 0..4 {
         assert_eq!(g.m.get(DESCRIPTOR + 8 * i, 8), 0);
@@ -226,4 +225,13 @@ fn posted_interrupts_wake_a_halted_guest() {
     g.m.cpu.state.activity = Activity::Halted;
     assert_eq!(g.m.cpu.run(100), Exit::Halted);
     assert_eq!((g.m.cpu.state.activity, g.m.cpu.state.rip), (Activity::Halted, CODE));
+}
+
+#[test]
+fn posted_interrupts_are_taken_while_the_guest_blocks_interrupts() {
+    let mut g = posted(false, |a| a.nop().unwrap());
+    post(&mut g, &[0x31]);
+    g.m.steps(1);
+    assert_eq!((g.m.cpu.vmx.controls.interrupt_status, g.apic(0x210)), (0x31, 1 << 0x11));
+    assert_eq!(g.m.cpu.state.rip, CODE + 1);
 }

@@ -2,12 +2,12 @@
 
 use iced_x86::code_asm::*;
 use turtles_cpu::Exit;
-use turtles_cpu::state::{Event, EventKind, reg};
+use turtles_cpu::state::{Activity, Event, EventKind, reg};
 use x86defs::vector;
 use x86defs::vmx::{primary, reason, secondary};
 
 use crate::guest::{APIC_ACCESS, Guest};
-use crate::machine::{CODE, HANDLERS, Machine};
+use crate::machine::{CODE, HANDLERS, KERNEL_STACK, Machine};
 
 const ACCESSES: u32 = secondary::VIRTUALIZE_APIC_ACCESSES;
 const DELIVERY: u32 = secondary::VIRTUAL_INTERRUPT_DELIVERY;
@@ -186,17 +186,28 @@ fn msr(controls: u32, index: u32, value: Option<u64>) -> Guest {
     g
 }
 
+/// Executes the program of [`msr`] again, for another MSR.
+fn again(g: &mut Guest, index: u32, value: u64) {
+    g.m.cpu.state.activity = Activity::Active;
+    g.m.cpu.state.rip = CODE;
+    g.m.cpu.state.gpr.set(reg::RSP, KERNEL_STACK);
+    g.m.set(reg::RCX, u64::from(index));
+    g.m.set(reg::RAX, value & 0xffff_ffff);
+    g.m.set(reg::RDX, value >> 32);
+}
+
 #[test]
 fn reads_of_x2apic_msrs() {
-    for index in 0x7ff..=0x900u32 {
-        for controls in [0, REGISTERS, X2APIC, X2APIC | REGISTERS] {
-            let mut g = msr(controls, index, None);
+    for controls in [0, REGISTERS, X2APIC, X2APIC | REGISTERS] {
+        let mut g = msr(controls, 0, None);
+        for index in 0x7ff..=0x900u32 {
             let offset = u64::from(index & 0xff) * 16;
             g.set_apic(offset, 0x1111_0000 | index);
             g.set_apic(offset + 4, 0x2222_0000 | index);
             let ours = (0x800..=0x8ff).contains(&index)
                 && controls & X2APIC != 0
                 && (controls & REGISTERS != 0 || index == 0x808);
+            again(&mut g, index, 0);
             if ours {
                 assert_eq!(g.m.cpu.run(100), Exit::Halted);
                 let expected = (u64::from(0x1111_0000 | index), u64::from(0x2222_0000 | index));
@@ -211,11 +222,12 @@ fn reads_of_x2apic_msrs() {
 
 #[test]
 fn writes_of_x2apic_msrs() {
-    for index in 0x800..=0x8ffu32 {
-        for controls in [X2APIC, X2APIC | REGISTERS, X2APIC | DELIVERY] {
+    for controls in [X2APIC, X2APIC | REGISTERS, X2APIC | DELIVERY] {
+        let mut g = msr(controls, 0, Some(0));
+        for index in 0x800..=0x8ffu32 {
             let ours = index == 0x808 || controls & DELIVERY != 0 && matches!(index, 0x80b | 0x83f);
             let value = if index == 0x80b { 0 } else { 0x41 };
-            let mut g = msr(controls, index, Some(value));
+            again(&mut g, index, value);
             if ours {
                 assert_eq!(g.m.cpu.run(100), Exit::Halted);
                 assert_eq!(g.apic(u64::from(index & 0xff) * 16), value);

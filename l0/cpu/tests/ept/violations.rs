@@ -8,7 +8,7 @@ use x86defs::{cr0, cr4, efer, vector};
 
 use crate::guest::Guest;
 use crate::level::{ALL, Page, R, W, X, XU};
-use crate::machine::{CODE, DATA, Machine, PDPT, PML4};
+use crate::machine::{CODE, DATA, HANDLERS, IDT, KERNEL_STACK, Machine, PDPT, PML4};
 
 /// What the machine's page tables say of every page: user, writable, executable.
 const OPEN: u64 = LINEAR_VALID | FINAL_TRANSLATION | USER_PAGE | WRITABLE_PAGE;
@@ -316,4 +316,22 @@ fn supervisor_write_protection_is_the_guests_own() {
     let last = LINEAR_VALID | FINAL_TRANSLATION | USER_PAGE;
     assert_eq!(g.violation(), (WRITE | READABLE | last, DATA + 0x1000, DATA + 0x1000));
     assert_eq!(g.m.cpu.state.cr4 & cr4::SMAP, 0);
+}
+
+#[test]
+fn what_event_delivery_needs_is_refused_too() {
+    let mut g = long().code(|a| a.ud2().unwrap());
+    g.allow(IDT, 0);
+    let gate = IDT + 16 * u64::from(vector::UD);
+    assert_eq!(g.violation(), (READ | OPEN, gate, gate));
+    assert_eq!(g.m.cpu.state.rip, CODE);
+    g.allow(IDT, R);
+    g.allow(KERNEL_STACK - 0x1000, R);
+    let (qualification, linear, _) = g.violation();
+    assert_eq!((qualification, linear & !4095), (WRITE | READABLE | OPEN, KERNEL_STACK - 0x1000));
+    assert_eq!((g.m.cpu.state.rip, g.m.reg(reg::RSP)), (CODE, KERNEL_STACK));
+    g.allow(KERNEL_STACK - 0x1000, R | W);
+    g.allow(HANDLERS, R);
+    assert_eq!(g.violation().0, FETCH | READABLE | OPEN);
+    assert_eq!(g.m.cpu.state.rip, HANDLERS + 16 * u64::from(vector::UD));
 }

@@ -6,8 +6,8 @@ use x86defs::vmx::secondary;
 use x86defs::{cr0, vector};
 
 use crate::guest::Guest;
-use crate::level::{Page, R};
-use crate::machine::{DATA, Machine};
+use crate::level::{ALL, Page, R};
+use crate::machine::{DATA, IDT, Machine};
 
 const AREA: u64 = 0x30_0000;
 const OPEN: u64 = LINEAR_VALID | FINAL_TRANSLATION | USER_PAGE | WRITABLE_PAGE;
@@ -74,4 +74,33 @@ fn protected_mode_without_paging_has_it() {
     assert_eq!(g.m.cpu.state.cr0 & cr0::PG, 0);
     assert_eq!(g.m.vector(), u64::from(vector::VE));
     assert_eq!(g.m.get(AREA + 8, 8), WRITE | READABLE | OPEN);
+}
+
+#[test]
+fn it_is_an_exit_while_an_event_is_delivered() {
+    let mut g = guest(Machine::long()).code(|a| a.ud2().unwrap());
+    g.map(IDT, convertible(IDT, 0));
+    let gate = IDT + 16 * u64::from(vector::UD);
+    assert_eq!(g.violation(), (READ | OPEN, gate, gate));
+    assert_eq!(g.m.get(AREA + 4, 4), 0);
+    // Afterwards it is an exception again.
+    g.allow(IDT, ALL);
+    g.m.put(g.m.cpu.state.rip, &[0x90; 16]);
+    let rip = g.m.cpu.state.rip;
+    g.m.asm_at(rip, rip, 64, reads_data);
+    assert_eq!(g.m.vector(), u64::from(vector::VE));
+}
+
+#[test]
+fn a_paging_structure_has_it_too() {
+    let mut g = guest(Machine::long()).code(|a| {
+        a.nop().unwrap();
+        reads_data(a);
+    });
+    g.m.steps(1);
+    g.map(0x1000, convertible(0x1000, 0));
+    // The handler's own accesses meet the same table: the area is in use by then.
+    assert_eq!(g.violation().0, READ | LINEAR_VALID);
+    assert_eq!(g.m.get(AREA + 8, 8), READ | LINEAR_VALID);
+    assert_eq!(g.m.get(AREA + 24, 8), 0x1000);
 }
