@@ -4,7 +4,9 @@
 //! The oracle is our own survival, plus what must hold of the state afterwards. `TURTLES_FUZZ_CASES` sets how many
 //! cases are tried, `TURTLES_FUZZ_SEED` where they begin.
 
+#[path = "../guest/mod.rs"]
 mod guest;
+mod vmx;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -210,6 +212,14 @@ fn write_code(random: &mut Random, memory: &PhysMemory, at: u64) {
             &[0xdb],
             &[0xdd],
             &[0x67],
+            &[0x0f, 0x78],
+            &[0x0f, 0x79],
+            &[0x0f, 0x01, 0xc1],
+            &[0x0f, 0x01, 0xd4],
+            &[0xf3, 0x0f, 0xc7],
+            &[0x66, 0x0f, 0x38, 0x80],
+            &[0x66, 0x0f, 0x38, 0x81],
+            &[0xf3, 0x90],
         ]);
         let place = random.below((bytes.len() - start.len()) as u64) as usize;
         bytes[place..place + start.len()].copy_from_slice(start);
