@@ -244,7 +244,7 @@ fn count(stats: &mut Statistics, under: &Under, outcome: &Outcome, now: u64, cpu
     row.reflected += u64::from(matches!(outcome, Outcome::Reflected));
     if matches!(outcome, Outcome::Entered) {
         stats.entries += 1;
-        stats.injections += u64::from(cpu.state.injected.is_some());
+        stats.injections += u64::from(cpu.state.injected.is_some() || cpu.vmx.controls.pending_mtf);
     }
     if let Some(tables) = tables(cpu) {
         stats.walks = tables.walks();
@@ -256,10 +256,14 @@ fn words(under: &Under, outcome: &Outcome, cpu: &Cpu) -> String {
     match outcome {
         Outcome::Reflected => format!("L1 at {:#x}", cpu.state.rip),
         Outcome::Handled => "handled by L0".into(),
-        Outcome::Entered => match &cpu.state.injected {
-            Some(event) => format!("L2 at {:#x}, injecting {}", cpu.state.rip, injected(event)),
-            None => format!("L2 at {:#x}", cpu.state.rip),
-        },
+        Outcome::Entered => {
+            let injected = match &cpu.state.injected {
+                Some(event) => format!(", injecting {}", injected(event)),
+                None if cpu.vmx.controls.pending_mtf => ", injecting a monitor trap".into(),
+                None => String::new(),
+            };
+            format!("L2 at {:#x}{injected}", cpu.state.rip)
+        }
         Outcome::EntryFailed => {
             let of = |field| cpu.vmx.current.as_ref().map_or(0, |vmcs| vmcs.get(field));
             let (why, qualification) = (of(Field::ExitReason) as u32, of(Field::ExitQualification));

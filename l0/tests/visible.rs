@@ -1,6 +1,8 @@
 //! `--trace` and `--stats` on our own hypervisor: they agree with each other, and repeat in virtual time.
 
+use std::io::{BufRead, BufReader, Read};
 use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
 
 use turtles::clock::ClockSource;
 use turtles::config::MachineConfig;
@@ -51,4 +53,35 @@ fn a_name_that_ends_in_json_makes_an_array_of_events() {
     let statistics = outcome.statistics.expect("they were asked for");
     // Each return ends one span and is one.
     assert_eq!(spans, 2 * (statistics.exits() + statistics.instructions()));
+}
+
+/// Says x on the first serial port and goes round for ever.
+const ENDLESS: [u8; 8] = [0xba, 0xf8, 0x03, 0xb0, b'x', 0xee, 0xeb, 0xfe];
+
+#[test]
+fn sigusr1_asks_for_the_figures_so_far() {
+    let kernel = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("endless.bin");
+    std::fs::write(&kernel, ENDLESS).expect("a scratch file");
+    let mut turtles = Command::new(env!("CARGO_BIN_EXE_turtles"))
+        .args(["run", "--engine", "soft", "--flat", "0x7c00,16", "--stats", "--kernel"])
+        .arg(&kernel)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("turtles starts");
+    let mut said = [0];
+    turtles.stdout.take().expect("a pipe").read_exact(&mut said).expect("the guest runs");
+    let mut errors = BufReader::new(turtles.stderr.take().expect("a pipe")).lines();
+    signal(&turtles, "USR1");
+    assert!(errors.any(|line| line.is_ok_and(|line| line.contains("so far"))));
+    assert_eq!(errors.next().expect("the figures").expect("text"), "no VMX instruction was executed");
+    signal(&turtles, "TERM");
+    assert!(errors.any(|line| line.is_ok_and(|line| line.contains("what L0 saw"))));
+    assert_eq!(turtles.wait().expect("it ends").code(), Some(128 + 15));
+}
+
+fn signal(process: &Child, name: &str) {
+    let sent = Command::new("kill").arg(format!("-{name}")).arg(process.id().to_string()).status();
+    assert!(sent.expect("kill").success());
 }
