@@ -2,6 +2,8 @@
 #![no_std]
 #![no_main]
 
+#[path = "hatchling/apic_access.rs"]
+mod apic_access;
 #[path = "hatchling/capabilities.rs"]
 mod capabilities;
 #[path = "hatchling/control_registers.rs"]
@@ -20,10 +22,18 @@ mod fields;
 mod first;
 #[path = "hatchling/instructions.rs"]
 mod instructions;
+#[path = "hatchling/interrupts.rs"]
+mod interrupts;
 #[path = "hatchling/io_msr.rs"]
 mod io_msr;
+#[path = "hatchling/msr_lists.rs"]
+mod msr_lists;
 #[path = "hatchling/simple_exits.rs"]
 mod simple_exits;
+#[path = "hatchling/timing.rs"]
+mod timing;
+#[path = "hatchling/virtual_interrupts.rs"]
+mod virtual_interrupts;
 #[path = "hatchling/vmx_in_l2.rs"]
 mod vmx_in_l2;
 #[path = "hatchling/want.rs"]
@@ -60,4 +70,9 @@ fn in_vmx_operation(vmxon_region: u64) {
     exceptions::all();
     ept_faults::all();
     ept_features::all();
+    interrupts::all();
+    timing::all();
+    apic_access::all();
+    virtual_interrupts::all();
+    msr_lists::all();
 }

@@ -152,6 +152,11 @@ pub fn is_tcg() -> bool {
     core::arch::x86_64::__cpuid(0x4000_0000).ebx == u32::from_le_bytes(*b"TCGT")
 }
 
+/// Bochs gives up in a few places where a processor goes on. It shows itself if its port 0xe9 is switched on.
+pub fn is_bochs() -> bool {
+    inb(0xe9) == 0xe9
+}
+
 /// A feature that a case may need, and where CPUID shows it.
 #[derive(Clone, Copy)]
 pub struct Feature {

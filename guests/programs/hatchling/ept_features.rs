@@ -299,7 +299,7 @@ fn mode_based_execute() {
         ept.permit(page, permissions);
         Some(vm)
     };
-    let mut run = |what: &str, ring3: bool, permissions: u64, allowed: bool| {
+    let run = |what: &str, ring3: bool, permissions: u64, allowed: bool| {
         let Some(mut vm) = start(ring3, permissions) else { return false };
         if allowed {
             to_end(what, &mut vm);
