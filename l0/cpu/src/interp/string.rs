@@ -111,6 +111,7 @@ fn movs<T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
 /// Copies as many elements as lie in one source and one destination page of plain RAM; 0 if the careful way is
 /// needed.
 fn copy_run<T: Int>(cpu: &mut Cpu, source: Seg, si: u64, di: u64, most: u64, mask: u64) -> u64 {
+    // The source's pointer stays good when the destination takes its place in the TLB.
     let Some((from, from_room)) = run_pointer(cpu, source, si, mask, false) else { return 0 };
     let Some((to, to_room)) = run_pointer(cpu, Seg::Es, di, mask, true) else { return 0 };
     let size = T::SIZE as u64;
@@ -156,8 +157,15 @@ fn run_pointer(cpu: &mut Cpu, seg: Seg, offset: u64, mask: u64, write: bool) -> 
     }
     let linear = cpu.wrap(cpu.linear_base[seg as usize].wrapping_add(offset));
     room = room.min(4096 - (linear & 4095)).min((mask - offset).saturating_add(1));
-    let at = if write { cpu.fast_write_pointer(linear, 1)? } else { cpu.fast_read_pointer(linear)? };
-    Some((at, room))
+    let found = |cpu: &Cpu| {
+        if write { cpu.fast_write_pointer(linear, 1) } else { cpu.fast_read_pointer(linear) }
+    };
+    if found(cpu).is_none() {
+        // A fault is raised by the careful way, which comes next.
+        let probed = if write { cpu.probe_write(linear, 1) } else { cpu.probe_read(linear, 1) };
+        probed.ok()?;
+    }
+    Some((found(cpu)?, room))
 }
 
 fn stos<T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {

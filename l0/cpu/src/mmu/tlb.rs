@@ -11,7 +11,7 @@
 /// Entries of each data table (a power of two).
 pub const DATA_ENTRIES: usize = 512;
 /// Entries of each fetch table (a power of two).
-pub const FETCH_ENTRIES: usize = 256;
+pub const FETCH_ENTRIES: usize = 1024;
 /// Address spaces kept at once.
 pub const SPACES: usize = 8;
 /// Tag of an empty entry: no page address has its low bits set.
