@@ -12,8 +12,8 @@
 pub const DATA_ENTRIES: usize = 512;
 /// Entries of each fetch table (a power of two).
 pub const FETCH_ENTRIES: usize = 1024;
-/// Address spaces kept at once.
-pub const SPACES: usize = 8;
+/// Address spaces kept at once: the half-dozen process contexts that Linux uses, for a hypervisor and three guests.
+pub const SPACES: usize = 24;
 /// Tag of an empty entry: no page address has its low bits set.
 pub const EMPTY: u64 = u64::MAX;
 
@@ -46,6 +46,71 @@ pub struct FetchEntry {
 }
 
 const NO_FETCH: FetchEntry = FetchEntry { page: EMPTY, physical: 0, info: 0 };
+
+/// An entry of either kind.
+trait Entry: Copy {
+    const EMPTY: Self;
+    /// [`GLOBAL`] and [`LARGE`].
+    fn info(&self) -> u64;
+}
+
+impl Entry for DataEntry {
+    const EMPTY: Self = NO_DATA;
+    fn info(&self) -> u64 {
+        self.info
+    }
+}
+
+impl Entry for FetchEntry {
+    const EMPTY: Self = NO_FETCH;
+    fn info(&self) -> u64 {
+        self.info
+    }
+}
+
+/// Entries, and which of them may be filled, so that emptying costs no more than filling did.
+struct Table<E, const SIZE: usize, const WORDS: usize> {
+    entries: [E; SIZE],
+    filled: [u64; WORDS],
+}
+
+impl<E: Entry, const SIZE: usize, const WORDS: usize> Table<E, SIZE, WORDS> {
+    const NEW: Self = {
+        assert!(SIZE == 64 * WORDS);
+        Self { entries: [E::EMPTY; SIZE], filled: [0; WORDS] }
+    };
+
+    fn insert(&mut self, index: usize, entry: E) {
+        self.entries[index] = entry;
+        self.filled[index / 64] |= 1 << (index % 64);
+    }
+
+    fn for_each(&mut self, mut f: impl FnMut(&mut E)) {
+        for (word, entries) in self.filled.iter().zip(self.entries.chunks_exact_mut(64)) {
+            let mut left = *word;
+            while left != 0 {
+                f(&mut entries[left.trailing_zeros() as usize]);
+                left &= left - 1;
+            }
+        }
+    }
+
+    fn empty_if(&mut self, goes: impl Fn(&E) -> bool) {
+        self.for_each(|e| {
+            if goes(e) {
+                *e = E::EMPTY;
+            }
+        });
+    }
+
+    fn empty(&mut self) {
+        self.for_each(|e| *e = E::EMPTY);
+        self.filled = [0; WORDS];
+    }
+}
+
+type DataTable = Table<DataEntry, DATA_ENTRIES, { DATA_ENTRIES / 64 }>;
+type FetchTable = Table<FetchEntry, FETCH_ENTRIES, { FETCH_ENTRIES / 64 }>;
 
 /// Which data table an access uses.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -86,8 +151,8 @@ pub struct Space {
     tag: SpaceTag,
     regime: Regime,
     used: u64,
-    data: [[DataEntry; DATA_ENTRIES]; 4],
-    fetch: [[FetchEntry; FETCH_ENTRIES]; 2],
+    data: [DataTable; 4],
+    fetch: [FetchTable; 2],
     /// Linear range that large pages were inserted in (first, last).
     large: (u64, u64),
     /// Some entry is of a page with a protection key other than 0.
@@ -102,8 +167,8 @@ impl Space {
             tag: SpaceTag::default(),
             regime: Regime::default(),
             used: 0,
-            data: [[NO_DATA; DATA_ENTRIES]; 4],
-            fetch: [[NO_FETCH; FETCH_ENTRIES]; 2],
+            data: [const { DataTable::NEW }; 4],
+            fetch: [const { FetchTable::NEW }; 2],
             large: (u64::MAX, 0),
             keys: false,
             clean: true,
@@ -114,12 +179,8 @@ impl Space {
         if self.clean {
             return;
         }
-        for table in &mut self.data {
-            table.fill(NO_DATA);
-        }
-        for table in &mut self.fetch {
-            table.fill(NO_FETCH);
-        }
+        self.data.iter_mut().for_each(Table::empty);
+        self.fetch.iter_mut().for_each(Table::empty);
         self.large = (u64::MAX, 0);
         self.keys = false;
         self.clean = true;
@@ -129,12 +190,12 @@ impl Space {
         if self.clean {
             return;
         }
-        for entry in self.data.iter_mut().flatten().filter(|e| e.info & GLOBAL == 0) {
-            *entry = NO_DATA;
-        }
-        for entry in self.fetch.iter_mut().flatten().filter(|e| e.info & GLOBAL == 0) {
-            *entry = NO_FETCH;
-        }
+        self.empty_if(|info| info & GLOBAL == 0);
+    }
+
+    fn empty_if(&mut self, goes: impl Fn(u64) -> bool) {
+        self.data.iter_mut().for_each(|t| t.empty_if(|e| goes(e.info())));
+        self.fetch.iter_mut().for_each(|t| t.empty_if(|e| goes(e.info())));
     }
 
     fn flush_page(&mut self, linear: u64, keep_global: bool) {
@@ -145,21 +206,16 @@ impl Space {
         let kept = |info: u64| keep_global && info & GLOBAL != 0;
         if page >= self.large.0 && page <= self.large.1 {
             // Some entry may be a piece of a large page around this address: drop all pieces of large pages.
-            for e in self.data.iter_mut().flatten().filter(|e| e.info & LARGE != 0 && !kept(e.info)) {
-                *e = NO_DATA;
-            }
-            for e in self.fetch.iter_mut().flatten().filter(|e| e.info & LARGE != 0 && !kept(e.info)) {
-                *e = NO_FETCH;
-            }
+            self.empty_if(|info| info & LARGE != 0 && !kept(info));
         }
         for table in &mut self.data {
-            let entry = &mut table[data_index(page)];
+            let entry = &mut table.entries[data_index(page)];
             if (entry.read == page || entry.write == page) && !kept(entry.info) {
                 *entry = NO_DATA;
             }
         }
         for table in &mut self.fetch {
-            let entry = &mut table[fetch_index(page)];
+            let entry = &mut table.entries[fetch_index(page)];
             if entry.page == page && !kept(entry.info) {
                 *entry = NO_FETCH;
             }
@@ -198,13 +254,13 @@ impl Tlb {
     /// The data table of `mode` in the current space.
     #[inline(always)]
     pub fn data(&self, mode: Mode) -> &[DataEntry; DATA_ENTRIES] {
-        &self.spaces[self.current].data[mode as usize]
+        &self.spaces[self.current].data[mode as usize].entries
     }
 
     /// The fetch entry for `linear`, user or supervisor.
     #[inline(always)]
     pub fn fetch(&self, user: bool, linear: u64) -> &FetchEntry {
-        &self.spaces[self.current].fetch[usize::from(user)][fetch_index(linear)]
+        &self.spaces[self.current].fetch[usize::from(user)].entries[fetch_index(linear)]
     }
 
     /// Makes `tag`'s space the current one, taking the least recently used for it if it has none. What it has from
@@ -237,7 +293,7 @@ impl Tlb {
         space.clean = false;
         space.keys |= key != 0;
         note_large(&mut space.large, linear, entry.info);
-        space.data[mode as usize][data_index(linear)] = entry;
+        space.data[mode as usize].insert(data_index(linear), entry);
     }
 
     /// Inserts a fetch translation.
@@ -245,7 +301,7 @@ impl Tlb {
         let space = &mut self.spaces[self.current];
         space.clean = false;
         note_large(&mut space.large, linear, entry.info);
-        space.fetch[usize::from(user)][fetch_index(linear)] = entry;
+        space.fetch[usize::from(user)].insert(fetch_index(linear), entry);
     }
 
     /// Drops everything, in every space.
@@ -273,18 +329,14 @@ impl Tlb {
     /// Drops every fast write translation (CODE-1); reads stay.
     pub fn forget_writes(&mut self) {
         for space in self.spaces.iter_mut().filter(|s| !s.clean) {
-            for entry in space.data.iter_mut().flatten() {
-                entry.write = EMPTY;
-            }
+            space.data.iter_mut().for_each(|t| t.for_each(|e| e.write = EMPTY));
         }
     }
 
     /// PKRU changed: drops data translations in spaces with protection keys in use.
     pub fn protection_keys_changed(&mut self) {
         for space in self.spaces.iter_mut().filter(|s| s.keys) {
-            for table in &mut space.data {
-                table.fill(NO_DATA);
-            }
+            space.data.iter_mut().for_each(Table::empty);
         }
     }
 

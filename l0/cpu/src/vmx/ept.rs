@@ -24,6 +24,11 @@ impl Cpu {
     /// the guest's own translation `to`) to the page.
     #[cold]
     pub(crate) fn refused_at(&mut self, linear: u64, refused: Refused, to: Option<Translation>) -> Trap {
+        if to.is_some() {
+            // "Operations that Invalidate Cached Mappings": an EPT violation takes what translated the linear address.
+            let own = self.tlb.current_tag();
+            self.tlb.flush_page(linear, false, |tag| *tag == own);
+        }
         let kind = q::LINEAR_VALID | to.map_or(0, |to| q::FINAL_TRANSLATION | self.advanced_bits(to));
         self.refused(kind, linear, refused)
     }

@@ -173,3 +173,16 @@ fn write_permission_taken_away_is_asked_for_after_invalidation() {
     g.m.cpu.state.rip = CODE + 0x100;
     g.violation();
 }
+
+#[test]
+fn a_violation_forgets_what_translated_its_address() {
+    let mut g = guest();
+    g.m.asm_at(CODE + 0x100, CODE + 0x100, 64, |a| a.mov(qword_ptr(DATA + 8), rax).unwrap());
+    g.map(DATA, Page::new(PAGES[0], R));
+    assert_eq!(read(&mut g), 0);
+    g.m.cpu.state.rip = CODE + 0x100;
+    g.violation();
+    // The hypervisor gives the guest a page of its own, and need not invalidate anything.
+    show(&g, 1);
+    assert_eq!(read(&mut g), 1);
+}
