@@ -1,13 +1,17 @@
-//! Page walks against a model: random paging structures in every paging mode, random control bits, random accesses.
+//! Page walks against a model: random paging structures in every paging mode, random control bits, random accesses, with
+//! and without a random second level of translation.
 //!
 //! The model is written from the SDM's chapter "Paging" as a table of levels, and shares nothing with the walker
 //! but the names of bits.
 
+use std::any::Any;
+use std::collections::HashMap;
 use std::sync::Arc;
 
-use turtles_cpu::mmu::walk::{Access, Direct, Failure, PHYSICAL_BITS, Privilege, translate};
+use turtles_cpu::mmu::walk::{Access, Direct, Failure, Nested, PHYSICAL_BITS, Privilege, translate};
 use turtles_cpu::phys::{PhysMemory, RamRange};
 use turtles_cpu::state::CpuState;
+use turtles_cpu::vmx::{EptAccess, EptFault, EptPage, SecondLevel};
 use turtles_tests::random::Random;
 use x86defs::{cr0, cr4, efer, paging as p, pf_error, rflags};
 
@@ -69,8 +73,74 @@ struct Case {
     privilege: Privilege,
 }
 
-/// What the model says: the page's physical address and the memory with accessed and dirty bits, or the error code.
-type Answer = Result<(u64, Vec<u8>), u32>;
+/// Why the model has no page.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum Failed {
+    /// A page fault with this error code.
+    Fault(u32),
+    /// The second level refused this access to a guest-physical address; the last one, or one to a paging structure.
+    Refused { gpa: u64, access: EptAccess, last: bool },
+}
+
+/// What the model says: the page's physical address and the memory with accessed and dirty bits, or why not.
+type Answer = Result<(u64, Vec<u8>), Failed>;
+
+/// A second level as a table of pages: what is not in it is not present.
+#[derive(Clone, Debug, Default)]
+struct Second {
+    /// Physical page, and permissions: 1 read, 2 write, 4 execute, 8 execute for user-mode addresses.
+    pages: HashMap<u64, (u64, u32)>,
+    flags: bool,
+    mode_based: bool,
+}
+
+impl Second {
+    fn permissions(&self, gpa: u64) -> u32 {
+        self.pages.get(&(gpa & !4095)).map_or(0, |page| page.1)
+    }
+
+    fn wants(&self, access: EptAccess) -> u32 {
+        let write = access.write || access.paging && self.flags;
+        let fetch = if self.mode_based && access.user { 8 } else { 4 };
+        u32::from(access.read) | if write { 2 } else { 0 } | if access.fetch { fetch } else { 0 }
+    }
+}
+
+impl SecondLevel for Second {
+    fn translate(&mut self, _: &PhysMemory, gpa: u64, access: EptAccess) -> Result<EptPage, EptFault> {
+        let allowed = self.permissions(gpa);
+        if self.wants(access) & !allowed != 0 {
+            return Err(EptFault::Violation { allowed: u64::from(allowed) << 3, suppress_ve: true });
+        }
+        Ok(EptPage {
+            physical: self.pages[&(gpa & !4095)].0,
+            large: false,
+            write: allowed & 2 != 0,
+            execute_supervisor: allowed & 4 != 0,
+            execute_user: allowed & if self.mode_based { 8 } else { 4 } != 0,
+        })
+    }
+    fn peek(&self, _: &PhysMemory, gpa: u64) -> Option<u64> {
+        self.pages.get(&(gpa & !4095)).map(|page| page.0)
+    }
+    fn set_root(&mut self, _: u64) -> bool {
+        false
+    }
+    fn as_any(&mut self) -> &mut dyn Any {
+        self
+    }
+}
+
+/// The physical address of `gpa` for an access, if there is a second level and it allows it.
+fn through(second: Option<&Second>, gpa: u64, access: EptAccess, last: bool) -> Result<u64, Failed> {
+    match second {
+        None => Ok(gpa),
+        Some(second) if second.wants(access) & !second.permissions(gpa) == 0 => {
+            Ok(second.pages[&(gpa & !4095)].0 | gpa & 4095)
+        }
+        Some(_) => Err(Failed::Refused { gpa, access, last }),
+    }
+}
 
 /// An entry; where there is no RAM, all ones.
 fn entry_at(memory: &[u8], address: u64, bytes: usize) -> u64 {
@@ -111,45 +181,58 @@ fn reserved(case: &Case, level: &Level, entry: u64) -> u64 {
     bits
 }
 
-fn model(case: &Case) -> Answer {
+/// An access to a guest paging-structure entry.
+const READS_ENTRY: EptAccess =
+    EptAccess { read: true, write: false, fetch: false, user: false, paging: true };
+const MARKS_ENTRY: EptAccess = EptAccess { write: true, ..READS_ENTRY };
+
+/// The bits of the error code that tell of the access.
+fn access_code(case: &Case) -> u32 {
     let state = &case.state;
-    let user_access = case.privilege == Privilege::User;
     let mut code = 0;
     if case.access == Access::Write {
         code |= pf_error::WRITE;
     }
-    if user_access {
+    if case.privilege == Privilege::User {
         code |= pf_error::USER;
     }
     let nx = state.cr4 & cr4::PAE != 0 && state.efer & efer::NXE != 0;
     if case.access == Access::Fetch && (nx || state.cr4 & cr4::SMEP != 0) {
         code |= pf_error::FETCH;
     }
+    code
+}
+
+fn model(case: &Case, second: Option<&Second>) -> Answer {
+    let state = &case.state;
+    let code = access_code(case);
+    let nx = state.cr4 & cr4::PAE != 0 && state.efer & efer::NXE != 0;
     let bytes = if case.mode == Mode::Bits32 { 4 } else { 8 };
-    let mut memory = case.memory.clone();
     let mut table = state.cr3 & if bytes == 4 { 0xffff_f000 } else { p::ADDRESS };
     if case.mode == Mode::Pae {
         let pdpte = state.pdptes[(case.linear >> 30 & 3) as usize];
         if pdpte & p::PRESENT == 0 {
-            return Err(code);
+            return Err(Failed::Fault(code));
         }
         table = pdpte & p::ADDRESS;
     }
     let (mut writable, mut user, mut executable) = (true, true, true);
+    let mut used = Vec::new();
     for level in levels(case.mode, state.cr4 & cr4::PSE != 0) {
         let index = case.linear >> level.shift & ((1 << level.index_bits) - 1);
-        let at = table + index * bytes as u64;
-        let entry = entry_at(&memory, at, bytes);
+        let gpa = table + index * bytes as u64;
+        let at = through(second, gpa, READS_ENTRY, false)?;
+        let entry = entry_at(&case.memory, at, bytes);
         if entry & p::PRESENT == 0 {
-            return Err(code);
+            return Err(Failed::Fault(code));
         }
         if entry & reserved(case, &level, entry) != 0 {
-            return Err(code | pf_error::PRESENT | pf_error::RESERVED);
+            return Err(Failed::Fault(code | pf_error::PRESENT | pf_error::RESERVED));
         }
         writable &= entry & p::WRITE != 0;
         user &= entry & p::USER != 0;
         executable &= !(nx && entry & p::NX != 0);
-        mark(&mut memory, at, p::ACCESSED);
+        used.push((gpa, at, entry, p::ACCESSED));
         let leaf = level.shift == 12 || level.large && entry & p::LARGE != 0;
         if !leaf {
             table = entry & if bytes == 4 { 0xffff_f000 } else { p::ADDRESS };
@@ -157,10 +240,10 @@ fn model(case: &Case) -> Answer {
         }
         let rights = Rights { writable, user, executable, key: (entry >> 59 & 15) as u32 };
         if let Some(why) = refused(case, &rights) {
-            return Err(code | pf_error::PRESENT | why);
+            return Err(Failed::Fault(code | pf_error::PRESENT | why));
         }
         if case.access == Access::Write {
-            mark(&mut memory, at, p::DIRTY);
+            used.push((gpa, at, entry, p::DIRTY));
         }
         let mask = (1u64 << level.shift) - 1;
         let mut frame = entry & p::ADDRESS & !mask;
@@ -170,9 +253,34 @@ fn model(case: &Case) -> Answer {
                 frame |= (entry >> 13 & 0xff) << 32;
             }
         }
-        return Ok((frame | case.linear & mask & !4095, memory));
+        return finish(case, second, &used, frame | case.linear & mask, user);
     }
     unreachable!("the last level is a leaf")
+}
+
+/// The flags of the entries used, and the access itself.
+fn finish(
+    case: &Case,
+    second: Option<&Second>,
+    used: &[(u64, u64, u64, u64)],
+    gpa: u64,
+    user: bool,
+) -> Answer {
+    let mut memory = case.memory.clone();
+    for &(entry_gpa, at, entry, flag) in used {
+        if entry & flag == 0 {
+            through(second, entry_gpa, MARKS_ENTRY, false)?;
+            mark(&mut memory, at, flag);
+        }
+    }
+    let last = EptAccess {
+        read: case.access == Access::Read,
+        write: case.access == Access::Write,
+        fetch: case.access == Access::Fetch,
+        user,
+        paging: false,
+    };
+    Ok((through(second, gpa, last, true)? & !4095, memory))
 }
 
 struct Rights {
@@ -339,17 +447,16 @@ fn walks_agree_with_the_model() {
                 case.state.pkru
             )
         };
-        match (model(&case), found) {
+        match (model(&case, None), found) {
             (Ok((physical, marked)), Ok(to)) => {
                 mapped += 1;
                 assert_eq!(to.physical, physical, "{}", context());
                 assert_eq!(after, marked, "{}: accessed and dirty bits", context());
             }
-            (Err(code), Err(Failure::Page(fault))) => {
+            (Err(Failed::Fault(code)), Err(Failure::Page(fault))) => {
                 assert_eq!(fault.error_code, Some(code), "{}", context());
                 assert_eq!(fault.address, case.linear, "{}", context());
-                let only_accessed = case.memory.iter().zip(&after).all(|(b, a)| (b ^ a) & !0x20 == 0);
-                assert!(only_accessed, "{}: a fault changed more than accessed bits", context());
+                assert!(only_flags(&case.memory, &after), "{}: a fault changed more than flags", context());
             }
             (expected, found) => {
                 let expected = expected.map(|(physical, _)| physical);
@@ -358,4 +465,68 @@ fn walks_agree_with_the_model() {
         }
     }
     assert!(mapped > CASES / 20, "only {mapped} of {CASES} cases were mapped: the test tests little");
+}
+
+/// Nothing but accessed and dirty bits differs.
+fn only_flags(before: &[u8], after: &[u8]) -> bool {
+    before.iter().zip(after).all(|(b, a)| (b ^ a) & !0x60 == 0)
+}
+
+/// Guest-physical pages in another order, some of them with fewer permissions or missing.
+fn random_second(random: &mut Random) -> Second {
+    let rotate = random.below(PAGES as u64);
+    let mut second =
+        Second { flags: random.chance(40), mode_based: random.chance(40), pages: HashMap::new() };
+    for page in 0..PAGES as u64 {
+        let physical = (page * 5 + rotate) % PAGES as u64;
+        let permissions = match random.below(100) {
+            0..80 => 15,
+            80..84 => 0,
+            84..88 => 4 | (random.below(2) as u32 * 8),
+            _ => 1 | (random.below(8) as u32 * 2),
+        };
+        if permissions != 0 {
+            second.pages.insert(page << 12, (physical << 12, permissions));
+        }
+    }
+    second
+}
+
+#[test]
+fn walks_in_two_dimensions_agree_with_the_model() {
+    let memory = ram();
+    let (mut mapped, mut structures, mut pages) = (0, 0, 0);
+    for number in 0..CASES {
+        let mut random = Random::new(number ^ 0x5eed_0000_0000);
+        let case = random_case(&mut random);
+        let mut second = random_second(&mut random);
+        memory.write(0, &case.memory);
+        let mut nested = Nested { memory: &memory, second: &mut second, apic_page: u64::MAX };
+        let found = translate(&case.state, &mut nested, case.linear, case.access, case.privilege);
+        let mut after = vec![0; SIZE];
+        memory.read(0, &mut after);
+        let context = format!("case {number}: {:?} at {:#x}, {second:x?}", case.mode, case.linear);
+        match (model(&case, Some(&second)), found) {
+            (Ok((physical, marked)), Ok(to)) => {
+                mapped += 1;
+                assert_eq!(to.physical, physical, "{context}");
+                assert_eq!(after, marked, "{context}: accessed and dirty bits");
+            }
+            (Err(Failed::Fault(code)), Err(Failure::Page(fault))) => {
+                assert_eq!((fault.error_code, fault.address), (Some(code), case.linear), "{context}");
+                assert!(only_flags(&case.memory, &after), "{context}");
+            }
+            (Err(Failed::Refused { gpa, access, last }), Err(Failure::Refused(refused, to))) => {
+                assert_eq!((refused.gpa, refused.access, to.is_some()), (gpa, access, last), "{context}");
+                assert!(only_flags(&case.memory, &after), "{context}");
+                if last { pages += 1 } else { structures += 1 }
+            }
+            (expected, found) => {
+                let expected = expected.map(|(physical, _)| physical);
+                panic!("{context}: the model says {expected:x?}, the walker {found:x?}");
+            }
+        }
+    }
+    let least = mapped.min(structures).min(pages);
+    assert!(least > CASES / 50, "{mapped} mapped, refused: {structures} structures, {pages} pages");
 }
