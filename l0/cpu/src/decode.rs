@@ -160,7 +160,7 @@ impl Cpu {
             log::debug!("no handler for {insn} ({:?})", insn.code());
             return (op, true);
         };
-        op.handler = cold;
+        op.handler = interp::vmx::shortcut(insn, &mut op).unwrap_or(cold);
         op.imm = self.blocks.add_cold(Cold { insn: *insn, handler, data });
         (op, ends)
     }
@@ -242,7 +242,8 @@ fn starts_block(insn: &Instruction) -> bool {
     )
 }
 
-fn cold(cpu: &mut Cpu, op: &Op) -> Exec {
+/// Executes an instruction from its cold part.
+pub(crate) fn cold(cpu: &mut Cpu, op: &Op) -> Exec {
     let part = cpu.blocks.cold(op.imm);
     // SAFETY: the index was handed out by `add_cold` for this op; cold parts are dropped only together with all ops
     // and only between blocks.

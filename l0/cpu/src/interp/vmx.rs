@@ -1,13 +1,15 @@
 //! The VMX instructions ("VMX Instruction Reference"): their checks and operands. VMREAD, VMWRITE and VMPTRST are done
 //! here, on [`crate::vmx::Vmx::current`]; all others are the owner's, who gets them as [`crate::Exit::Vm`].
 
-use iced_x86::{Instruction, Mnemonic, OpKind};
+use iced_x86::{Code, Instruction, Mnemonic, OpKind};
 use vmcs_shadow::Field;
 use x86defs::vmx::{feature_control, reason, secondary};
 use x86defs::{cr0, cr4, rflags};
 
+use super::operands::offset_of;
 use crate::Cpu;
-use crate::op::{Cold, ColdHandler};
+use crate::decode::cold;
+use crate::op::{Cold, ColdHandler, Handler, Op};
 use crate::state::reg;
 use crate::trap::{Exec, Fault, Trap};
 use crate::vmx::{Operation, information};
@@ -35,6 +37,47 @@ pub(crate) fn lower(insn: &Instruction) -> Option<ColdHandler> {
 /// VMREAD, VMWRITE and VMPTRST change nothing that the next instruction's execution depends on.
 pub(crate) fn ends_block(insn: &Instruction) -> bool {
     !matches!(insn.mnemonic(), Mnemonic::Vmread | Mnemonic::Vmwrite | Mnemonic::Vmptrst)
+}
+
+/// VMREAD and VMWRITE of a register, which hypervisors execute a dozen times for each VM exit, by their own hypervisor in
+/// 64-bit mode; everything else goes the long way.
+pub(crate) fn shortcut(insn: &Instruction, op: &mut Op) -> Option<Handler> {
+    let handler: Handler = match insn.code() {
+        Code::Vmread_rm64_r64 => vmread_register,
+        Code::Vmwrite_r64_rm64 => vmwrite_register,
+        _ => return None,
+    };
+    (op.dst, _) = offset_of(insn.op0_register())?;
+    (op.src, _) = offset_of(insn.op1_register())?;
+    Some(handler)
+}
+
+/// In root operation at CPL 0. (The handlers above are 64-bit mode's.)
+#[inline(always)]
+fn in_root(cpu: &Cpu) -> bool {
+    cpu.vmx.operation == Operation::Root && cpu.state.cpl == 0
+}
+
+fn vmread_register(cpu: &mut Cpu, op: &Op) -> Exec {
+    if let (true, Some(vmcs)) = (in_root(cpu), &cpu.vmx.current) {
+        if let Ok(value) = cpu.vmx.access.read(vmcs, cpu.reg(op.src)) {
+            cpu.set_reg(op.dst, value);
+            cpu.vm_succeed();
+            return Ok(());
+        }
+    }
+    cold(cpu, op)
+}
+
+fn vmwrite_register(cpu: &mut Cpu, op: &Op) -> Exec {
+    let (encoding, value) = (cpu.reg(op.dst), cpu.reg(op.src));
+    if let (true, Some(vmcs)) = (in_root(cpu), &mut cpu.vmx.current) {
+        if cpu.vmx.access.write(vmcs, encoding, value).is_ok() {
+            cpu.vm_succeed();
+            return Ok(());
+        }
+    }
+    cold(cpu, op)
 }
 
 /// CR0 bits that must be set in VMX operation (IA32_VMX_CR0_FIXED0).

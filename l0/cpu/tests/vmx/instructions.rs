@@ -187,11 +187,14 @@ fn invlpg_gives_its_linear_address() {
 /// Base RSI, index RCX * 4, displacement -8, segment FS, 64-bit addresses: the fields of every memory format.
 const MEMORY: u32 = 2 | 2 << 7 | 4 << 15 | 1 << 18 | 6 << 23;
 
+/// A program that captures operands.
+type Assemble<'a> = &'a dyn Fn(&mut CodeAssembler);
+
 #[test]
 fn instruction_information_of_vmx_instructions() {
     let at = || qword_ptr(rsi + rcx * 4 - 8).fs();
     let invpcid = Controls { primary: p::INVLPG_EXITING, ..secondary(s::ENABLE_INVPCID) };
-    let cases: &[(&dyn Fn(&mut CodeAssembler), u32, u32)] = &[
+    let cases: &[(Assemble, u32, u32)] = &[
         (&|a| a.vmclear(at()).unwrap(), reason::VMCLEAR, MEMORY),
         (&|a| a.vmptrld(at()).unwrap(), reason::VMPTRLD, MEMORY),
         (&|a| a.vmptrst(at()).unwrap(), reason::VMPTRST, MEMORY),

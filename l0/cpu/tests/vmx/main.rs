@@ -10,3 +10,4 @@ mod instructions;
 #[allow(dead_code)]
 mod machine;
 mod root;
+mod second_level;
