@@ -35,6 +35,10 @@ pub(crate) struct Block {
     pub first: u32,
     pub count: u16,
     pub len: u16,
+    /// Times it was looked for, as far as the translator counts.
+    pub heat: u32,
+    /// Address of its translation; 0 without.
+    pub translation: u64,
 }
 
 /// The part of a block that executing it takes: small enough to be returned in registers.
@@ -56,6 +60,8 @@ const EMPTY: Block = Block {
     first: 0,
     count: 0,
     len: 0,
+    heat: 0,
+    translation: 0,
 };
 
 impl Block {
@@ -75,6 +81,11 @@ impl Block {
         // SAFETY: a slot with a matching key was filled by `new`, and `CodePage`s live as long as the memory, which
         // the CPU keeps alive.
         unsafe { (*self.code).version() == self.version }
+    }
+
+    /// The version its page had.
+    pub(crate) fn version(&self) -> u32 {
+        self.version
     }
 
     /// What is to be executed of it.
@@ -115,6 +126,7 @@ pub struct BlockCache {
     used: usize,
     cold: Box<[Cold]>,
     cold_used: usize,
+    generation: u64,
 }
 
 // SAFETY: the raw pointers name `CodePage`s, which are shared between threads by design and kept alive by the memory.
@@ -135,6 +147,7 @@ impl Default for BlockCache {
             used: 0,
             cold: vec![cold; COLD_CAPACITY].into_boxed_slice(),
             cold_used: 0,
+            generation: 1,
         }
     }
 }
@@ -145,6 +158,23 @@ impl BlockCache {
     pub(crate) fn find(&self, key: u64) -> Option<&Block> {
         let block = &self.slots[slot(key)];
         (block.key == key && block.is_fresh()).then_some(block)
+    }
+
+    /// The same, to change what is kept of it for the translator.
+    #[inline(always)]
+    pub(crate) fn find_mut(&mut self, key: u64) -> Option<&mut Block> {
+        let block = &mut self.slots[slot(key)];
+        (block.key == key && block.is_fresh()).then_some(block)
+    }
+
+    /// The ops of a block.
+    pub(crate) fn block_ops(&self, run: Run) -> &[Op] {
+        &self.ops[run.first as usize..][..usize::from(run.count)]
+    }
+
+    /// Changes whenever the arena is emptied.
+    pub(crate) fn generation(&self) -> u64 {
+        self.generation
     }
 
     /// Makes room for one more block, emptying everything if needed. Only between blocks.
@@ -159,6 +189,7 @@ impl BlockCache {
         self.slots.fill(EMPTY);
         self.used = 0;
         self.cold_used = 0;
+        self.generation += 1;
     }
 
     /// Adds a block's ops; `make_room` came before.

@@ -65,7 +65,8 @@ impl Cpu {
 
     fn run_until(&mut self, limit: u64) -> Exit {
         loop {
-            if self.look_up || self.attention.get() != 0 {
+            let attention = self.attention.get();
+            if self.look_up || attention != 0 {
                 match self.between_instructions(limit) {
                     Next::Blocks => {}
                     Next::Again => continue,
@@ -77,6 +78,14 @@ impl Cpu {
                     }
                     Next::Leave(exit) => return exit,
                 }
+            }
+            if let Some(translation) = self.find_translation(limit) {
+                if let Err(trap) = self.run_translated(translation, limit, attention) {
+                    if let Some(exit) = self.take_trap(trap) {
+                        return exit;
+                    }
+                }
+                continue;
             }
             let block = match self.find_block() {
                 Ok(block) => block,
@@ -502,7 +511,7 @@ impl Cpu {
     /// A non-canonical address relative to SS is #SS(0); the memory path, which does not know the segment, has
     /// raised #GP(0).
     #[cold]
-    fn fault_is_on_stack(&mut self, op: &Op) -> bool {
+    pub(crate) fn fault_is_on_stack(&mut self, op: &Op) -> bool {
         let non_canonical = std::mem::take(&mut self.non_canonical);
         non_canonical && self.fault.vector == vector::GP && op.seg == Seg::Ss as u8
     }

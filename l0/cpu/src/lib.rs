@@ -5,6 +5,7 @@
 //!
 //! - `decode`: bytes → [`op::Op`]s, once; `block`: where they are kept and when they are forgotten
 //! - `interp`: one file per instruction family
+//! - `jit`: the translator of hot blocks
 //! - `mmu`: page walks and the software TLB
 //! - `exec`: the run loop; `events`: interrupts and exceptions into the IDT
 
@@ -16,6 +17,7 @@ mod decode;
 mod events;
 mod exec;
 mod interp;
+mod jit;
 pub mod mmu;
 pub mod native;
 pub mod op;
@@ -68,6 +70,9 @@ pub struct Cpu {
     pub(crate) peer: Arc<Peer>,
     pub(crate) tlb: Tlb,
     pub(crate) blocks: BlockCache,
+    /// What translated code works with.
+    pub(crate) jit: jit::Hot,
+    pub(crate) translator: Option<Box<jit::Translator>>,
     /// Details of the fault that a [`trap::Trap::Fault`] announced.
     pub(crate) fault: Fault,
     /// Details of a [`trap::Trap::Exit`].
@@ -119,6 +124,7 @@ impl Cpu {
         let peer = memory.add_peer(Arc::clone(&attention));
         let tlb = Tlb::default();
         let data_table = tlb.data(Mode::Slow).as_ptr();
+        let jit = jit::Hot::new(Arc::as_ptr(&attention));
         let mut cpu = Self {
             state: CpuState::reset(),
             vmx: Vmx { current_pointer: u64::MAX, ..Vmx::default() },
@@ -129,6 +135,8 @@ impl Cpu {
             peer,
             tlb,
             blocks: BlockCache::default(),
+            jit,
+            translator: None,
             fault: Fault::default(),
             exit: Exit::Halted,
             data_table,
@@ -148,6 +156,9 @@ impl Cpu {
             mode_changes: 0,
             mode_since: 0,
         };
+        if let Some(threshold) = jit::threshold_from_environment() {
+            cpu.translate_after(threshold);
+        }
         cpu.state_changed();
         cpu
     }

@@ -31,6 +31,9 @@ pub(crate) struct CodePage {
 }
 
 impl CodePage {
+    /// Where the version is, for translated code.
+    pub(crate) const VERSION_OFFSET: usize = std::mem::offset_of!(CodePage, version);
+
     #[inline(always)]
     pub(crate) fn version(&self) -> u32 {
         self.version.load(Ordering::Acquire)

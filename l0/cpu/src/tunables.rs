@@ -6,5 +6,11 @@ pub(crate) const BLOCK_SLOTS: usize = 32 * 1024;
 /// Ops of the arena (32 bytes each: 12 MiB). A kernel boot decodes about 300,000.
 pub(crate) const OP_CAPACITY: usize = 384 * 1024;
 
+/// Executions after which a block is translated.
+pub(crate) const TRANSLATE_AFTER: u32 = 16;
+
+/// Bytes of translated code per vCPU.
+pub(crate) const CODE_CAPACITY: usize = 32 << 20;
+
 /// Cold parts (56 bytes each: 5.25 MiB); about one instruction in six has one.
 pub(crate) const COLD_CAPACITY: usize = 96 * 1024;

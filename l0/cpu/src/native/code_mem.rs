@@ -1,9 +1,9 @@
-//! Executable memory for thunks: one memory file mapped twice, writable here and executable there, so that no
-//! address is ever both (W^X). It only grows, up to a fixed size, and is never freed: an address once handed out
-//! is valid until the process ends.
+//! Executable memory for thunks and translated code: one memory file mapped twice, writable here and executable there, so that no
+//! address is ever both (W^X). It only grows, up to a fixed size; an address once handed out is valid until the memory
+//! is reset or dropped.
 //!
-//! Unsafe island: the two mappings. Only [`CodeMemory::append`] writes, through the writable mapping, to bytes
-//! that were not handed out before; what was handed out never changes.
+//! Unsafe island: the two mappings. [`CodeMemory::append`] writes through the writable mapping to bytes that were
+//! not handed out before; what was handed out changes only by [`CodeMemory::link`].
 
 use std::io;
 
@@ -14,7 +14,7 @@ pub(super) const CAPACITY: usize = 2 << 20;
 const ALIGNMENT: usize = 16;
 
 /// Append-only executable memory.
-pub(super) struct CodeMemory {
+pub(crate) struct CodeMemory {
     writable: *mut u8,
     executable: *const u8,
     capacity: usize,
@@ -26,7 +26,7 @@ unsafe impl Send for CodeMemory {}
 
 impl CodeMemory {
     /// Maps `capacity` bytes (a multiple of the page size).
-    pub(super) fn new(capacity: usize) -> io::Result<Self> {
+    pub(crate) fn new(capacity: usize) -> io::Result<Self> {
         // SAFETY: the name is a C string; the call has no other preconditions.
         let file = unsafe { libc::memfd_create(c"turtles-thunks".as_ptr(), libc::MFD_CLOEXEC) };
         if file < 0 {
@@ -56,7 +56,7 @@ impl CodeMemory {
     }
 
     /// Copies `code` in and returns where it can be executed; none when the memory is full.
-    pub(super) fn append(&mut self, code: &[u8]) -> Option<*const u8> {
+    pub(crate) fn append(&mut self, code: &[u8]) -> Option<*const u8> {
         let start = self.used;
         let end = start.checked_add(code.len())?;
         if end > self.capacity {
@@ -71,9 +71,36 @@ impl CodeMemory {
         }
     }
 
+    /// Where the next code will be.
+    pub(crate) fn next(&self) -> u64 {
+        self.executable as u64 + self.used as u64
+    }
+
+    /// Makes the jump whose displacement is `site` bytes from the start go to `target`, an address in this memory.
+    /// The displacement is aligned: whoever executes the jump meanwhile goes to the old or the new target.
+    pub(crate) fn link(&mut self, site: usize, target: u64) {
+        assert!(site % 4 == 0 && site + 4 <= self.used);
+        let relative = target.wrapping_sub(self.executable as u64 + site as u64 + 4) as u32;
+        // SAFETY: the four bytes lie in the writable mapping and are aligned, as both mappings are.
+        unsafe {
+            let at = self.writable.add(site).cast::<u32>();
+            std::sync::atomic::AtomicU32::from_ptr(at).store(relative, std::sync::atomic::Ordering::Release);
+        }
+    }
+
     /// Forgets everything that was appended: only for memory whose code nobody will call again.
-    pub(super) fn reset(&mut self) {
+    pub(crate) fn reset(&mut self) {
         self.used = 0;
+    }
+}
+
+impl Drop for CodeMemory {
+    fn drop(&mut self) {
+        // SAFETY: both mappings are ours, and whoever was handed out an address does not use it any more.
+        unsafe {
+            libc::munmap(self.writable.cast(), self.capacity);
+            libc::munmap(self.executable.cast_mut().cast(), self.capacity);
+        }
     }
 }
 

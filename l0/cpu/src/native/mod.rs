@@ -13,7 +13,7 @@
 //!
 //! Unsafe island, all of it.
 
-mod code_mem;
+pub(crate) mod code_mem;
 mod features;
 #[cfg(test)]
 pub(crate) mod oracle;
@@ -33,7 +33,7 @@ pub(crate) use plan::{Class, MemoryUse, Plan, RAX, RCX, RDX, is_x87};
 pub(crate) use thunk::{Frame, Thunk};
 pub(crate) use wide::Xmm;
 
-use code_mem::CodeMemory;
+pub(crate) use code_mem::CodeMemory;
 
 /// Most plans kept; together with their code about 4 MiB.
 const MOST_THUNKS: usize = code_mem::CAPACITY / 128;

@@ -1,0 +1,245 @@
+//! Between Rust and translated code: how it is entered and left, and how it calls the interpreter's handlers.
+//!
+//! Unsafe island: the calls into code memory and back.
+
+use std::mem::offset_of;
+
+use x86defs::vector;
+
+use super::JumpEntry;
+use super::emit::{
+    Alu, Assembler, B4, B8, Fixup, Mem, NOT_EQUAL, R8, R9, R10, R11, R12, R13, R14, R15, RAX, RBP, RBX, RCX,
+    RDI, RDX, RSI, RSP, Reg,
+};
+use crate::Cpu;
+use crate::op::Op;
+use crate::state::SLOT_BLOCK_IP;
+use crate::trap::Trap;
+
+/// Where each guest register is while translated code runs: in a host register, or in the register file.
+pub(super) const PINNED: [Option<Reg>; 16] = [
+    Some(R9),
+    Some(R10),
+    Some(R11),
+    Some(RBX),
+    Some(R14),
+    Some(R15),
+    Some(RSI),
+    Some(RDI),
+    Some(R8),
+    None,
+    None,
+    None,
+    Some(R12),
+    Some(R13),
+    None,
+    None,
+];
+
+/// RBP points this far into the CPU: general registers are within a byte's displacement.
+const BIAS: usize = offset_of!(Cpu, state.gpr) + 128;
+
+/// A field of the CPU as an operand of translated code.
+pub(super) fn field(offset: usize) -> Mem {
+    Mem::at(RBP, offset as i32 - BIAS as i32)
+}
+
+/// A guest register's place in the register file.
+pub(super) fn slot(guest: usize) -> Mem {
+    field(offset_of!(Cpu, state.gpr) + guest * 8)
+}
+
+/// Translated code returned with RIP and counts up to date: look up, find the next block.
+pub(super) const LOOK: u64 = 1;
+/// Added to a [`Trap`]: the instruction at RIP trapped.
+const TRAP: u64 = 0x100;
+/// The same as [`LOOK`], and the jump whose displacement is at the offset in the upper half may be linked.
+pub(super) const LINK: u64 = 2;
+
+/// Why translated code returned.
+pub(super) enum Left {
+    Look,
+    Link(usize),
+    Trap(Trap),
+}
+
+impl Left {
+    fn of(code: u64) -> Self {
+        const FAULT: u64 = TRAP | Trap::Fault as u64;
+        const AGAIN: u64 = TRAP | Trap::Again as u64;
+        const EXIT: u64 = TRAP | Trap::Exit as u64;
+        match code & 0xffff_ffff {
+            FAULT => Self::Trap(Trap::Fault),
+            AGAIN => Self::Trap(Trap::Again),
+            EXIT => Self::Trap(Trap::Exit),
+            LINK => Self::Link((code >> 32) as usize),
+            _ => Self::Look,
+        }
+    }
+}
+
+/// Where an op stands in its block, as translated code tells [`call_op`]: the block's offset in its page, its
+/// length, and the op's number in it.
+#[derive(Clone, Copy)]
+pub(super) struct Place {
+    pub offset: u16,
+    pub len: u16,
+    pub number: u8,
+}
+
+impl Place {
+    pub(super) fn pack(self) -> u32 {
+        u32::from(self.offset) | u32::from(self.len) << 12 | u32::from(self.number) << 25
+    }
+
+    fn unpack(word: u32) -> Self {
+        Self { offset: (word & 0xfff) as u16, len: (word >> 12 & 0x1fff) as u16, number: (word >> 25) as u8 }
+    }
+}
+
+/// Addresses of the code that all translations share.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Gate {
+    enter: u64,
+    /// Leaves translated code with RAX.
+    pub exit: u64,
+    /// Executes the op EAX by its handler, EDX a [`Place`]. Returns RAX: zero, or what to exit with.
+    pub call_op: u64,
+    /// Leaves with [`LOOK`] for the address in RAX.
+    pub look_at: u64,
+}
+
+impl Gate {
+    /// What to exit with to have the jump whose displacement is at `site` linked.
+    pub(super) fn link_code(&self, site: u64) -> u64 {
+        LINK | site.wrapping_sub(self.enter) << 32
+    }
+}
+
+fn save_pinned(asm: &mut Assembler) {
+    for (guest, host) in PINNED.iter().enumerate() {
+        if let Some(host) = *host {
+            asm.store(B8, slot(guest), host);
+        }
+    }
+}
+
+fn load_pinned(asm: &mut Assembler) {
+    for (guest, host) in PINNED.iter().enumerate() {
+        if let Some(host) = *host {
+            asm.load(B8, host, slot(guest));
+        }
+    }
+}
+
+/// Writes the shared code at the start of `asm`.
+pub(super) fn emit(asm: &mut Assembler) -> Gate {
+    const SAVED: [Reg; 6] = [RBX, RBP, R12, R13, R14, R15];
+    let enter = asm.address(asm.here());
+    SAVED.iter().for_each(|&r| asm.push(r));
+    // Six registers and the return address: eight more bytes align the stack for calls.
+    asm.alu_imm(B8, Alu::Sub, RSP, 8);
+    asm.mov(B8, RBP, RDI);
+    asm.mov(B8, RAX, RSI);
+    load_pinned(asm);
+    asm.jump_register(RAX);
+
+    let exit = asm.address(asm.here());
+    save_pinned(asm);
+    asm.alu_imm(B8, Alu::Add, RSP, 8);
+    SAVED.iter().rev().for_each(|&r| asm.pop(r));
+    asm.bytes(&[0xc3]);
+
+    let look_at = asm.address(asm.here());
+    asm.store(B8, field(offset_of!(Cpu, state.rip)), RAX);
+    asm.set(RAX, LOOK);
+    asm.jump_to(exit);
+
+    let call = asm.address(asm.here());
+    save_pinned(asm);
+    asm.alu_imm(B8, Alu::Sub, RSP, 8);
+    asm.lea(B8, RDI, Mem::at(RBP, -(BIAS as i32)));
+    asm.mov(B4, RSI, RAX);
+    asm.set(RAX, call_op as *const () as u64);
+    asm.call_register(RAX);
+    asm.alu_imm(B8, Alu::Add, RSP, 8);
+    load_pinned(asm);
+    asm.test32(RAX, RAX);
+    asm.bytes(&[0xc3]);
+    Gate { enter, exit, call_op: call, look_at }
+}
+
+/// Looks up RAX in the jump cache: on a hit RCX points to the entry; returns the jumps to take on a miss.
+pub(super) fn emit_lookup(asm: &mut Assembler) -> [Fixup; 2] {
+    asm.mov(B4, RCX, RAX);
+    asm.shr32(RCX, 12);
+    asm.alu(B4, Alu::Xor, RCX, RAX);
+    asm.alu_imm(B4, Alu::And, RCX, super::JUMPS as i32 - 1);
+    asm.shl32(RCX, size_of::<JumpEntry>().trailing_zeros() as u8);
+    asm.alu_load(B8, Alu::Add, RCX, field(offset_of!(Cpu, jit.jumps)));
+    asm.alu_load(B8, Alu::Cmp, RAX, Mem::at(RCX, offset_of!(JumpEntry, rip) as i32));
+    let other_rip = asm.jcc(NOT_EQUAL);
+    asm.load(B8, RDX, Mem::at(RCX, offset_of!(JumpEntry, key) as i32));
+    asm.alu_load(B8, Alu::Cmp, RDX, field(offset_of!(Cpu, jit.key)));
+    [other_rip, asm.jcc(NOT_EQUAL)]
+}
+
+/// Goes where the entry at RCX says; RAX is the address that was looked up.
+pub(super) fn emit_follow(asm: &mut Assembler) {
+    asm.alu_imm(B8, Alu::And, RAX, -4096);
+    asm.store(B8, field(offset_of!(Cpu, jit.page_ip)), RAX);
+    asm.jump_memory(Mem::at(RCX, offset_of!(JumpEntry, code) as i32));
+}
+
+/// Executes translated code from `entry` on.
+///
+/// # Safety
+/// `entry` must be a translation in the code memory that `gate` is in, none of whose ops are gone from the arena.
+pub(super) unsafe fn enter(cpu: &mut Cpu, gate: Gate, entry: u64) -> Left {
+    type Enter = unsafe extern "sysv64" fn(*mut u8, u64) -> u64;
+    // SAFETY: `emit` wrote a function of this type at `enter`.
+    let function = unsafe { std::mem::transmute::<*const (), Enter>(gate.enter as *const ()) };
+    let cpu = std::ptr::from_mut(cpu).cast::<u8>();
+    // SAFETY: RBP gets an address inside the CPU; translated code reads and writes its fields, and calls back with
+    // the CPU's address, which is derived from our exclusive reference.
+    Left::of(unsafe { function(cpu.add(BIAS), entry) })
+}
+
+/// Executes the op at `index` of the arena by its handler; see [`Gate::call_op`].
+extern "sysv64" fn call_op(cpu: *mut Cpu, index: u32, place: u32) -> u64 {
+    // SAFETY: `enter` was given an exclusive reference, which translated code passes on.
+    let cpu = unsafe { &mut *cpu };
+    // SAFETY: the translation's ops are in the arena (JIT-2), which nobody writes while a block runs.
+    let op: &Op = unsafe { &*cpu.blocks.ops().add(index as usize) };
+    let place = Place::unpack(place);
+    let base = cpu.jit.page_ip.wrapping_add(u64::from(place.offset));
+    let done = i64::from(place.number);
+    cpu.state.gpr.raw[(SLOT_BLOCK_IP / 8) as usize] = base;
+    cpu.state.rip = base.wrapping_add(u64::from(place.len));
+    cpu.state.instructions = cpu.jit.executed();
+    cpu.block_end = 1;
+    if let Err(trap) = (op.handler)(cpu, op) {
+        cpu.state.rip = base.wrapping_add(u64::from(op.at));
+        cpu.jit.left -= done;
+        match trap {
+            Trap::Fault if cpu.fault_is_on_stack(op) => cpu.fault.vector = vector::SS,
+            Trap::Exit => cpu.vmx.exit.instruction_length = u32::from(op.next.wrapping_sub(op.at)),
+            Trap::Fault | Trap::Again => {}
+        }
+        return TRAP | trap as u64;
+    }
+    if op.next == place.len {
+        cpu.jit.left -= done + 1;
+        return LOOK;
+    }
+    if cpu.block_end == 0 {
+        cpu.state.rip = base.wrapping_add(u64::from(op.next));
+        cpu.jit.left -= done + 1;
+        return LOOK;
+    }
+    if cpu.look_up || cpu.attention.get() != cpu.jit.seen {
+        cpu.jit.expire();
+    }
+    cpu.jit.key = cpu.jump_key();
+    0
+}

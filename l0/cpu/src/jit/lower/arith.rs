@@ -1,0 +1,112 @@
+//! Instructions whose operands are all explicit: the guest's own instruction with its operands replaced.
+
+use std::arch::asm;
+use std::sync::OnceLock;
+
+use iced_x86::{Instruction, Mnemonic, OpKind};
+
+use super::memory::{For, replace_memory};
+use super::{Lowering, Use, flag_use};
+use crate::jit::emit::{EQUAL, RAX, RCX, RDX};
+
+impl Lowering<'_> {
+    pub(super) fn arith(&mut self, at: usize, insn: &Instruction) -> bool {
+        if insn.mnemonic() == Mnemonic::Cmpxchg {
+            self.cmpxchg(at, insn);
+            return true;
+        }
+        let memory = (0..insn.op_count()).find(|&i| insn.op_kind(i) == OpKind::Memory);
+        match memory {
+            Some(operand) => self.with_memory(at, insn, operand),
+            None => self.in_registers(at, insn),
+        }
+        true
+    }
+
+    fn in_registers(&mut self, at: usize, insn: &Instruction) {
+        let used = flag_use(insn);
+        self.flags_before(at, used);
+        let mut host = plain(insn);
+        // A count in CL takes RCX; then there is one register to load at most.
+        let back = self.replace_registers(&mut host, [RDX, RCX]);
+        self.asm.guest(&host);
+        self.write_back(back);
+        self.flags_after(at, used);
+    }
+
+    fn with_memory(&mut self, at: usize, insn: &Instruction, operand: u32) {
+        let used = flag_use(insn);
+        let reads_only =
+            operand != 0 || matches!(insn.mnemonic(), Mnemonic::Cmp | Mnemonic::Test | Mnemonic::Bt);
+        let looked = self.look_up_operand(insn, if reads_only { For::Reading } else { For::Writing });
+        let needs_flags = match used {
+            Use::Reads | Use::ReadsAndSets => true,
+            Use::Changes => self.live[at],
+            Use::None | Use::Sets => false,
+        };
+        if needs_flags {
+            self.join_address();
+            self.load_flags();
+        }
+        let mut host = plain(insn);
+        replace_memory(&mut host, needs_flags);
+        // One register to load at most, or a count in CL.
+        let back = self.replace_registers(&mut host, [RCX, RCX]);
+        self.asm.guest(&host);
+        self.write_back(back);
+        self.flags_after(at, used);
+        self.looked(at, looked);
+    }
+
+    /// The accumulator is in another register: it is compared and, if different, replaced through RAX.
+    fn cmpxchg(&mut self, at: usize, insn: &Instruction) {
+        let looked = self.look_up_operand(insn, For::Writing);
+        self.join_address();
+        self.read_guest(RAX, 0);
+        let mut host = plain(insn);
+        replace_memory(&mut host, true);
+        let size = insn.op1_register().size();
+        // Its own source is only read.
+        let _ = self.replace_registers(&mut host, [RCX, RCX]);
+        self.asm.guest(&host);
+        let same = self.asm.jcc(EQUAL);
+        match size {
+            4 => self.write_guest32(0, RAX),
+            // Bytes that were not compared are the guest's own.
+            _ => self.write_guest(0, RAX),
+        }
+        self.asm.bind(same);
+        self.flags_after(at, Use::Sets);
+        self.looked(at, looked);
+    }
+}
+
+/// Without prefixes that mean nothing here.
+fn plain(insn: &Instruction) -> Instruction {
+    let mut plain = *insn;
+    plain.set_has_rep_prefix(false);
+    plain.set_has_repne_prefix(false);
+    plain
+}
+
+/// On this host a shift by a constant sets all flags whatever they were (AF is undefined in the manual). Elsewhere they
+/// are loaded first, as the interpreter does.
+pub(super) fn shifts_set_all_flags() -> bool {
+    static ANSWER: OnceLock<bool> = OnceLock::new();
+    *ANSWER.get_or_init(|| {
+        let flags = |before: u16| -> [u16; 3] {
+            let (left, right, signed): (u16, u16, u16);
+            // SAFETY: instructions on registers only; the flags and AX are declared as changed.
+            unsafe {
+                asm!("sahf", "shl {v:e}, 3", "lahf", inout("ax") before => left, v = inout(reg) 0x9234_5679_u32 => _,
+                    options(nomem, nostack));
+                asm!("sahf", "shr {v:e}, 3", "lahf", inout("ax") before => right, v = inout(reg) 0x9234_5679_u32 => _,
+                    options(nomem, nostack));
+                asm!("sahf", "sar {v:e}, 3", "lahf", inout("ax") before => signed, v = inout(reg) 0x9234_5679_u32 => _,
+                    options(nomem, nostack));
+            }
+            [left, right, signed].map(|f| f & 0xff00)
+        };
+        flags(0x0200) == flags(0xd700)
+    })
+}

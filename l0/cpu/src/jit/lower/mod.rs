@@ -1,0 +1,335 @@
+//! From a decoded block to host code, one instruction at a time; one file per family, named as in [`crate::interp`].
+//!
+//! Status flags: at the start and the end of a block they are in `CpuState::status`. In between they stay in the host's
+//! flags as long as nothing else changes those ([`Flags`]), and are saved only if something may look at them before they
+//! are overwritten: an instruction that reads them, the handler of any instruction that may fault, or the end of the
+//! block.
+
+mod arith;
+mod branch;
+mod memory;
+mod mov;
+mod registers;
+mod stack;
+
+use std::mem::offset_of;
+
+use iced_x86::{Decoder, Instruction, Mnemonic, OpKind};
+
+use super::Hot;
+use super::emit::{Alu, Assembler, B4, Fixup, LESS, Mem, NOT_EQUAL, RAX, RDX, Width};
+use super::gate::{Gate, Place, field};
+use crate::Cpu;
+use crate::block::Run;
+use crate::cpuid::CpuModel;
+use crate::op::Op;
+use registers::is_native;
+
+/// What is to be translated.
+pub(super) struct Source<'a> {
+    pub block: Run,
+    pub page_offset: u16,
+    pub bytes: &'a [u8],
+    pub model: &'a CpuModel,
+    pub ops: &'a [Op],
+    /// Address of the page's record and the version it must have.
+    pub version: (u64, u32),
+}
+
+/// Where the guest's status flags are.
+#[derive(Clone, Copy, Eq, PartialEq)]
+enum Flags {
+    /// In `CpuState::status`.
+    Saved,
+    /// In the host's flags only.
+    Host,
+    /// In both.
+    Both,
+    /// Nobody will ask for them.
+    Dead,
+}
+
+/// What an instruction does with the status flags.
+#[derive(Clone, Copy, Eq, PartialEq)]
+enum Use {
+    /// Nothing.
+    None,
+    /// Sets all six, whatever they were.
+    Sets,
+    /// Sets some, others stay (or are undefined, and may stay).
+    Changes,
+    /// Its result depends on them; it sets all.
+    ReadsAndSets,
+    /// Its result depends on them; it leaves them.
+    Reads,
+}
+
+/// Code that is rarely needed, after the block's own.
+enum Aside {
+    /// The instruction `number` by its handler; then on at `resume` unless it was the last.
+    Handler { jumps: [Option<Fixup>; 2], number: usize, resume: usize, flags: Flags },
+    /// Return to the run loop at the block's start.
+    LookAtStart { jumps: [Fixup; 3] },
+    /// Return to the run loop for the address in RAX.
+    LookAtRax { jumps: [Fixup; 2] },
+    /// The far side of a conditional jump to an offset in the page.
+    Far { jump: Fixup, target: i64 },
+    /// A jump within the page that is to be linked.
+    Link { jump: Fixup, target: u16 },
+}
+
+pub(super) struct Lowering<'a> {
+    asm: &'a mut Assembler,
+    gate: Gate,
+    source: &'a Source<'a>,
+    flags: Flags,
+    /// Whether the flags after each instruction matter.
+    live: [bool; crate::block::MAX_BLOCK],
+    asides: Vec<Aside>,
+}
+
+/// Lowers a block into `asm`; false if it could not be.
+pub(super) fn lower(asm: &mut Assembler, gate: Gate, source: &Source) -> bool {
+    let count = usize::from(source.block.count);
+    let options = source.model.decoder_options();
+    let mut decoder = Decoder::with_ip(64, source.bytes, u64::from(source.page_offset), options);
+    let insns: Vec<Instruction> = decoder.iter().take(count).collect();
+    let matches = |(insn, op): (&Instruction, &Op)| insn.ip() == u64::from(source.page_offset + op.at);
+    if insns.len() != count || !insns.iter().zip(source.ops).all(matches) {
+        return false;
+    }
+    let live = [true; crate::block::MAX_BLOCK];
+    let mut lowering = Lowering { asm, gate, source, flags: Flags::Saved, live, asides: Vec::new() };
+    lowering.find_live_flags(&insns);
+    lowering.checks();
+    for (number, insn) in insns.iter().enumerate() {
+        lowering.instruction(number, insn);
+    }
+    lowering.finish(&insns);
+    lowering.write_asides();
+    !lowering.asm.failed
+}
+
+/// `CpuState::status`.
+fn status() -> Mem {
+    field(offset_of!(Cpu, state.status))
+}
+
+impl Lowering<'_> {
+    /// Works backwards from the end of the block, where the flags matter.
+    fn find_live_flags(&mut self, insns: &[Instruction]) {
+        let mut live = true;
+        for (number, insn) in insns.iter().enumerate().rev() {
+            self.live[number] = live;
+            let used = if self.is_native(insn) { flag_use(insn) } else { Use::Reads };
+            let may_call = (0..insn.op_count()).any(|i| insn.op_kind(i) == OpKind::Memory)
+                && insn.mnemonic() != Mnemonic::Lea
+                || insn.is_stack_instruction();
+            live = match used {
+                _ if may_call => true,
+                Use::Sets => false,
+                Use::None | Use::Changes => live,
+                Use::ReadsAndSets | Use::Reads => true,
+            };
+        }
+    }
+
+    /// JIT-1, the budget, and whether anything asks for attention.
+    fn checks(&mut self) {
+        let count = i32::from(self.source.block.count);
+        let asm = &mut *self.asm;
+        asm.alu_mem_imm(Width::B8, Alu::Cmp, field(offset_of!(Cpu, jit) + offset_of!(Hot, left)), count);
+        let budget = asm.jcc(LESS);
+        let (page, version) = self.source.version;
+        asm.set(RAX, page + crate::phys::CodePage::VERSION_OFFSET as u64);
+        asm.alu_mem_imm(B4, Alu::Cmp, Mem::at(RAX, 0), version as i32);
+        let stale = asm.jcc(NOT_EQUAL);
+        asm.load(Width::B8, RAX, field(offset_of!(Cpu, jit) + offset_of!(Hot, attention)));
+        asm.load(B4, RAX, Mem::at(RAX, 0));
+        asm.alu_load(B4, Alu::Cmp, RAX, field(offset_of!(Cpu, jit) + offset_of!(Hot, seen)));
+        let attention = asm.jcc(NOT_EQUAL);
+        self.asides.push(Aside::LookAtStart { jumps: [budget, stale, attention] });
+    }
+
+    /// The model has the instruction, so that its handler is more than #UD.
+    fn is_native(&self, insn: &Instruction) -> bool {
+        self.source.model.allows(insn) && !insn.is_invalid() && is_native(insn)
+    }
+
+    fn instruction(&mut self, number: usize, insn: &Instruction) {
+        if !self.is_native(insn) {
+            return self.handler(number);
+        }
+        let done = self.branch(number, insn)
+            || self.stack(number, insn)
+            || self.mov(number, insn)
+            || self.arith(number, insn);
+        if !done {
+            self.handler(number);
+        }
+    }
+
+    fn is_last(&self, number: usize) -> bool {
+        number + 1 == usize::from(self.source.block.count)
+    }
+
+    fn call_op(&mut self, number: usize) {
+        let place =
+            Place { offset: self.source.page_offset, len: self.source.block.len, number: number as u8 };
+        self.asm.set32(RAX, self.source.block.first + number as u32);
+        self.asm.set32(RDX, place.pack());
+        self.asm.call_to(self.gate.call_op);
+    }
+
+    /// The instruction by its handler.
+    fn handler(&mut self, number: usize) {
+        self.save_flags();
+        self.call_op(number);
+        if self.is_last(number) {
+            self.asm.jump_to(self.gate.exit);
+        } else {
+            self.asm.jcc_to(NOT_EQUAL, self.gate.exit);
+        }
+        self.flags = Flags::Saved;
+    }
+
+    /// Sees to it that the host's flags may be clobbered.
+    fn save_flags(&mut self) {
+        if self.flags == Flags::Host {
+            // SETO AL; LAHF: neither changes them.
+            self.asm.bytes(&[0x0f, 0x90, 0xc0, 0x9f]);
+            self.asm.store(Width::B2, status(), RAX);
+            self.flags = Flags::Both;
+        }
+    }
+
+    /// The host's flags are about to be clobbered.
+    fn clobber_flags(&mut self) {
+        self.save_flags();
+        if self.flags == Flags::Both {
+            self.flags = Flags::Saved;
+        }
+    }
+
+    /// Gets the flags into the host's. Clobbers RAX.
+    fn load_flags(&mut self) {
+        if self.flags == Flags::Saved {
+            self.load_saved_flags();
+            self.flags = Flags::Both;
+        }
+    }
+
+    fn load_saved_flags(&mut self) {
+        self.asm.load_u16(RAX, status());
+        // ADD AL, 127 makes OF of the low bit; SAHF.
+        self.asm.bytes(&[0x04, 0x7f, 0x9e]);
+    }
+
+    /// What is to be done with the flags before an instruction that uses them so.
+    fn flags_before(&mut self, number: usize, used: Use) {
+        match used {
+            Use::Reads | Use::ReadsAndSets => self.load_flags(),
+            Use::Changes if self.live[number] => self.load_flags(),
+            Use::None | Use::Sets | Use::Changes => {}
+        }
+    }
+
+    fn flags_after(&mut self, number: usize, used: Use) {
+        match used {
+            Use::None | Use::Reads => {}
+            Use::Sets | Use::Changes | Use::ReadsAndSets => {
+                self.flags = if self.live[number] { Flags::Host } else { Flags::Dead };
+            }
+        }
+    }
+
+    fn write_asides(&mut self) {
+        // Asides may add asides.
+        let mut next = 0;
+        while next < self.asides.len() {
+            let aside = std::mem::replace(&mut self.asides[next], Aside::LookAtRax { jumps: [Fixup(0); 2] });
+            next += 1;
+            self.write_aside(aside);
+        }
+    }
+
+    fn write_aside(&mut self, aside: Aside) {
+        match aside {
+            Aside::Handler { jumps, number, resume, flags } => {
+                jumps.into_iter().flatten().for_each(|jump| self.asm.bind(jump));
+                self.call_op(number);
+                if self.is_last(number) {
+                    return self.asm.jump_to(self.gate.exit);
+                }
+                self.asm.jcc_to(NOT_EQUAL, self.gate.exit);
+                if matches!(flags, Flags::Host | Flags::Both) {
+                    self.load_saved_flags();
+                }
+                self.asm.jump_back(resume);
+            }
+            Aside::LookAtStart { jumps } => {
+                jumps.into_iter().for_each(|jump| self.asm.bind(jump));
+                self.address(RAX, i64::from(self.source.page_offset));
+                self.asm.jump_to(self.gate.look_at);
+            }
+            Aside::LookAtRax { jumps } => {
+                jumps.into_iter().for_each(|jump| self.asm.bind(jump));
+                self.asm.jump_to(self.gate.look_at);
+            }
+            Aside::Far { jump, target } => {
+                self.asm.bind(jump);
+                self.go_to(target);
+            }
+            Aside::Link { jump, target } => {
+                self.asm.bind(jump);
+                self.address(RAX, i64::from(target));
+                self.asm.store(Width::B8, field(offset_of!(Cpu, state.rip)), RAX);
+                let site = self.asm.address(jump.0);
+                self.asm.set(RAX, self.gate.link_code(site));
+                self.asm.jump_to(self.gate.exit);
+            }
+        }
+    }
+
+    /// Linear address of an offset from the page's start.
+    fn address(&mut self, to: u8, offset: i64) {
+        self.asm.load(Width::B8, to, field(offset_of!(Cpu, jit) + offset_of!(Hot, page_ip)));
+        if offset != 0 {
+            self.asm.lea(Width::B8, to, Mem::at(to, offset as i32));
+        }
+    }
+}
+
+/// A shift count of zero leaves the flags alone.
+fn shift_use(insn: &Instruction) -> Use {
+    let mask = if insn.op0_kind() == OpKind::Register && insn.op0_register().is_gpr64()
+        || insn.op0_kind() == OpKind::Memory && insn.memory_size().size() == 8
+    {
+        63
+    } else {
+        31
+    };
+    let by_imm = insn.op1_kind() != OpKind::Register;
+    if by_imm && insn.immediate(1) & mask != 0 && arith::shifts_set_all_flags() {
+        Use::Sets
+    } else {
+        Use::Changes
+    }
+}
+
+/// What a natively lowered instruction does with the status flags.
+fn flag_use(insn: &Instruction) -> Use {
+    use Mnemonic::*;
+    match insn.mnemonic() {
+        Add | Or | And | Sub | Xor | Cmp | Test | Neg | Xadd | Cmpxchg => Use::Sets,
+        // RCL and RCR leave some: they have been loaded.
+        Adc | Sbb | Rcl | Rcr => Use::ReadsAndSets,
+        Inc | Dec | Rol | Ror | Bt | Bts | Btr | Btc | Imul | Bsf | Bsr | Tzcnt | Lzcnt | Popcnt => {
+            Use::Changes
+        }
+        Shl | Sal | Shr | Sar => shift_use(insn),
+        _ if insn.is_jcc_short_or_near() => Use::Reads,
+        _ if crate::interp::mov::condition_of(insn).is_some() => Use::Reads,
+        _ => Use::None,
+    }
+}

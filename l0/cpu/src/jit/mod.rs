@@ -1,0 +1,300 @@
+//! The translator: hot blocks of 64-bit code become host code. Guest and host are the same architecture, so most
+//! guest instructions are the host's own with other registers and with their memory operand's address looked up in
+//! the software TLB; whatever has no such lowering is a call of its interpreter handler.
+//!
+//! # Constraints
+//! - Host executable memory is never writable at the address it is executed from (W^X, by two mappings), and bounded.
+//! - Whatever the interpreter would do is what happens: registers, flags, memory, faults, and the instruction count at
+//!   every return. The interpreter is the slow path of every instruction: a memory access that misses the TLB leaves
+//!   nothing done and calls the whole instruction's handler.
+//! - Only [`crate::exec`]'s ordinary running of blocks enters translations; single steps, breakpoints, shadows and what
+//!   is left of a budget go through the interpreter.
+//!
+//! # Life of a block
+//! 1. The run loop finds a decoded block and counts it; at [`crate::tunables::TRANSLATE_AFTER`] it is decoded again in
+//!    iced's form and lowered ([`lower`]) into code memory. The block's slot then names the code.
+//! 2. The run loop enters the code ([`gate`]). Eleven guest registers are in host registers until it returns; the
+//!    others, and status flags where they are needed, are in [`crate::state::CpuState`].
+//! 3. At its end a block jumps: within its page, to an exit that is patched into a direct jump once the target is
+//!    translated ([`gate::LINK`]); elsewhere through the jump cache, which maps addresses to code.
+//! 4. Every block begins with three checks: enough budget left, the page not written since, nothing asks for attention.
+//!    When one fails it returns to the run loop, which finds out why.
+//! 5. Code goes all at once, between blocks: when its memory is full or the decoder's arena is emptied.
+//!
+//! # Invariants
+//! - JIT-1: code is entered only through a block whose page has the version it was translated under: the first
+//!   instructions of every translation compare it.
+//! - JIT-2: translated code names ops by their place in the arena: emptying the arena forgets all translations
+//!   (`BlockCache::generation`).
+//! - JIT-3: a link never leaves its page, so the fetch translation that reached its source holds for its target. What
+//!   leaves the page goes through the jump cache, whose key changes with everything that may end a fetch translation,
+//!   and with the privilege to fetch.
+//! - JIT-4: in translated code `instructions` is `end - left` as of the start of the running block; `left` is taken down
+//!   when a block is left.
+//!
+//! Unsafe islands: [`gate`] (entry, calls back) and the code memory.
+
+mod emit;
+mod gate;
+mod lower;
+
+use crate::Cpu;
+use crate::attention::Attention;
+use crate::block::key;
+use crate::native::CodeMemory;
+use crate::phys::CodePage;
+use crate::state::Seg;
+use crate::trap::Exec;
+use crate::tunables::{CODE_CAPACITY, TRANSLATE_AFTER};
+use emit::Assembler;
+use gate::{Gate, Left};
+
+/// Entries of the jump cache (a power of two).
+const JUMPS: usize = 4096;
+
+/// Where code for a guest address is.
+#[derive(Clone, Copy)]
+#[repr(C, align(32))]
+struct JumpEntry {
+    rip: u64,
+    /// [`Cpu::jump_key`] when it was entered.
+    key: u64,
+    code: u64,
+}
+
+/// No address has this key.
+const NO_JUMP: JumpEntry = JumpEntry { rip: 0, key: u64::MAX, code: 0 };
+
+/// What translated code reads and writes besides the CPU's state.
+#[derive(Clone, Copy)]
+pub(crate) struct Hot {
+    /// Instructions that may still be executed (JIT-4); signed, as a block whose handler asks to look up runs to its
+    /// end.
+    left: i64,
+    /// The instruction count at which `left` is zero.
+    end: u64,
+    /// Linear address of the running code's page.
+    page_ip: u64,
+    /// The attention word.
+    attention: *const Attention,
+    /// The flags in it that the run loop has seen and that make nothing due as
+    /// long as nobody attends (an interrupt while IF is clear).
+    seen: u32,
+    jumps: *const JumpEntry,
+    key: u64,
+    /// Target of the indirect call under way.
+    target: u64,
+}
+
+impl Hot {
+    pub(crate) fn new(attention: *const Attention) -> Self {
+        Self { left: 0, end: 0, page_ip: 0, attention, seen: 0, jumps: std::ptr::null(), key: 0, target: 0 }
+    }
+
+    /// Instructions executed before the running block.
+    fn executed(&self) -> u64 {
+        self.end.wrapping_sub(self.left as u64)
+    }
+
+    /// Makes the next block return to the run loop.
+    fn expire(&mut self) {
+        self.end = self.executed();
+        self.left = 0;
+    }
+}
+
+/// The translations of one vCPU.
+pub(crate) struct Translator {
+    memory: CodeMemory,
+    gate: Gate,
+    jumps: Box<[JumpEntry]>,
+    asm: Assembler,
+    /// Executions after which a block is translated.
+    threshold: u32,
+    /// [`crate::block::BlockCache::generation`] that the translations belong to.
+    generation: u64,
+}
+
+impl Translator {
+    fn new(threshold: u32) -> std::io::Result<Self> {
+        let mut translator = Self {
+            memory: CodeMemory::new(CODE_CAPACITY)?,
+            gate: Gate::default(),
+            jumps: vec![NO_JUMP; JUMPS].into_boxed_slice(),
+            asm: Assembler::new(),
+            threshold,
+            generation: 0,
+        };
+        translator.reset(0);
+        Ok(translator)
+    }
+
+    /// Forgets every translation.
+    fn reset(&mut self, generation: u64) {
+        self.memory.reset();
+        self.generation = generation;
+        self.jumps.fill(NO_JUMP);
+        self.asm.start(self.memory.next());
+        self.gate = gate::emit(&mut self.asm);
+        if self.memory.append(&self.asm.code).is_none() {
+            log::error!("no room for the translator's own code");
+        }
+        // What was executed from here before may be in the processor's prefetch queue ("Handling Self- and
+        // Cross-Modifying Code").
+        std::arch::x86_64::__cpuid(0);
+    }
+
+    fn remember(&mut self, rip: u64, key: u64, code: u64) {
+        let hash = (rip as u32 ^ (rip as u32 >> 12)) as usize & (JUMPS - 1);
+        self.jumps[hash] = JumpEntry { rip, key, code };
+    }
+}
+
+/// The threshold that `TURTLES_TRANSLATE_AFTER` asks for, so that tests can run with everything translated.
+pub(crate) fn threshold_from_environment() -> Option<u32> {
+    static THRESHOLD: std::sync::OnceLock<Option<u32>> = std::sync::OnceLock::new();
+    *THRESHOLD.get_or_init(|| std::env::var("TURTLES_TRANSLATE_AFTER").ok()?.parse().ok())
+}
+
+/// A translated block as the run loop got to it.
+pub(crate) struct Entry {
+    code: u64,
+}
+
+impl Cpu {
+    /// Turns the translator on: blocks executed more than `threshold` times are translated. Does nothing if the host gives
+    /// no executable memory.
+    pub fn translate_after(&mut self, threshold: u32) {
+        match Translator::new(threshold) {
+            Ok(translator) => {
+                self.jit.jumps = translator.jumps.as_ptr();
+                self.translator = Some(Box::new(translator));
+                self.blocks.clear();
+            }
+            Err(error) => log::warn!("no executable memory, guest code is interpreted: {error}"),
+        }
+    }
+
+    /// Turns the translator on or off.
+    pub fn set_translate(&mut self, on: bool) {
+        if on { self.translate_after(TRANSLATE_AFTER) } else { self.translator = None }
+    }
+
+    /// What an address's code in the jump cache depends on besides the address (JIT-3).
+    fn jump_key(&self) -> u64 {
+        self.tlb.fetch_epoch << 1 | u64::from(self.state.cpl == 3)
+    }
+
+    /// The translation of the block at RIP, made now if it has become hot; none if the interpreter is to execute it.
+    #[inline]
+    pub(crate) fn find_translation(&mut self, limit: u64) -> Option<Entry> {
+        if self.translator.is_none() || self.code_bits != 64 {
+            return None;
+        }
+        let rip = self.state.rip;
+        let linear = self.linear_base[Seg::Cs as usize].wrapping_add(rip);
+        let entry = self.tlb.fetch(self.state.cpl == 3, linear);
+        if entry.page != linear & !4095 {
+            return None;
+        }
+        let physical = entry.physical | linear & 4095;
+        let threshold = self.translator.as_ref().map_or(u32::MAX, |t| t.threshold);
+        let ticks = self.state.ticks();
+        let block = self.blocks.find_mut(key(physical, 64))?;
+        if ticks + u64::from(block.count) > limit {
+            return None;
+        }
+        if block.translation != 0 {
+            return Some(Entry { code: block.translation });
+        }
+        block.heat = block.heat.saturating_add(1);
+        if block.heat <= threshold || block.crosses() {
+            return None;
+        }
+        block.heat = 0;
+        self.translate_block(physical).map(|code| Entry { code })
+    }
+
+    /// Executes translated code from the block at RIP on, for at most as many instructions as are left to `limit` ticks.
+    /// The run loop has looked at the flags in `attention`.
+    pub(crate) fn run_translated(&mut self, entry: Entry, limit: u64, attention: u32) -> Exec {
+        let Some(translator) = self.translator.as_deref_mut() else { return Ok(()) };
+        let gate = translator.gate;
+        let rip = self.state.rip;
+        let key = self.tlb.fetch_epoch << 1 | u64::from(self.state.cpl == 3);
+        translator.remember(rip, key, entry.code);
+        self.jit.key = key;
+        // The others are done with once seen, and may be set anew.
+        self.jit.seen = attention & (Attention::INTERRUPT | Attention::NMI);
+        self.jit.page_ip = rip & !4095;
+        let left = limit.saturating_sub(self.state.ticks()).min(i64::MAX as u64);
+        self.jit.left = left as i64;
+        self.jit.end = self.state.instructions.wrapping_add(left);
+        // SAFETY: the block's slot named the code, which is in this translator's memory; `find_translation` has seen to
+        // JIT-2.
+        let why = unsafe { gate::enter(self, gate, entry.code) };
+        self.state.instructions = self.jit.executed();
+        match why {
+            Left::Look => Ok(()),
+            Left::Trap(trap) => Err(trap),
+            Left::Link(site) => {
+                self.link(site);
+                Ok(())
+            }
+        }
+    }
+
+    /// Makes the jump whose displacement is at `site` go to the translation of the block at RIP, if there is one. The
+    /// jump has just been taken, within its page.
+    fn link(&mut self, site: usize) {
+        if self.look_up {
+            return;
+        }
+        let generation = self.translator.as_ref().map(|t| t.generation);
+        let Some(entry) = self.find_translation(u64::MAX) else { return };
+        let Some(translator) = self.translator.as_deref_mut() else { return };
+        // A translation made just now may have thrown away the code that the site was in.
+        if generation == Some(translator.generation) {
+            translator.memory.link(site, entry.code);
+        }
+    }
+
+    fn translate_block(&mut self, physical: u64) -> Option<u64> {
+        let memory = std::sync::Arc::clone(&self.memory);
+        let (_, page) = memory.page(physical)?;
+        let translator = self.translator.as_deref_mut()?;
+        if translator.generation != self.blocks.generation() {
+            translator.reset(self.blocks.generation());
+        }
+        let block = *self.blocks.find(key(physical, 64))?;
+        let mut bytes = [0; 4096];
+        let bytes = &mut bytes[..usize::from(block.len)];
+        memory.read(physical, bytes);
+        if page.version() != block.version() {
+            return None;
+        }
+        let source = lower::Source {
+            block: block.run(),
+            page_offset: (physical & 4095) as u16,
+            bytes,
+            model: &self.model,
+            ops: self.blocks.block_ops(block.run()),
+            version: (std::ptr::from_ref::<CodePage>(page) as u64, block.version()),
+        };
+        let asm = &mut translator.asm;
+        asm.start(translator.memory.next());
+        if !lower::lower(asm, translator.gate, &source) {
+            return None;
+        }
+        let Some(code) = translator.memory.append(&translator.asm.code) else {
+            // Full: everything goes, and what is hot will be back soon.
+            self.blocks.clear();
+            return None;
+        };
+        let code = code as u64;
+        if let Some(block) = self.blocks.find_mut(key(physical, 64)) {
+            block.translation = code;
+        }
+        Some(code)
+    }
+}
