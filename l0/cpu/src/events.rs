@@ -123,16 +123,18 @@ impl Cpu {
     pub(crate) fn deliver_fault_during(&mut self, mut during: Option<Event>) -> Exec<bool> {
         for _ in 0..MAX_NESTING {
             let raised = self.fault;
+            // The exception bitmap sees each exception before two of them become a double fault: a hypervisor that
+            // intercepts the second combines them itself.
+            let flags = self.fault_flags(raised);
+            self.exit_on_exception(raised, during, flags)?;
             let Some(fault) = during.map_or(Some(raised), |event| combine(event, raised)) else { break };
-            if raised.vector == vector::PF && fault.vector != vector::PF {
-                self.state.cr2 = raised.address;
+            if fault != raised {
+                if raised.vector == vector::PF {
+                    self.state.cr2 = raised.address;
+                }
+                // A double fault is not something that happened on the way: it is what has become of both.
+                self.exit_on_exception(fault, None, flags)?;
             }
-            // An instruction breakpoint's handler decides itself whether to set RF; every other fault sets it.
-            let breakpoint = fault.vector == vector::DB && fault.address & dr::DR6_BD == 0;
-            let flags = self.state.rflags() | if breakpoint { 0 } else { rflags::RF };
-            // A double fault is not something that happened on the way: it is what has become of both.
-            let outer = during.filter(|_| fault == raised);
-            self.exit_on_exception(fault, outer, flags)?;
             let event = self.exception(fault);
             match self.deliver_from(event, flags) {
                 // A task switch on the way may have met its end in the new task.
@@ -145,6 +147,13 @@ impl Cpu {
         self.state.activity = Activity::Shutdown;
         self.attend();
         Ok(false)
+    }
+
+    /// The image of RFLAGS that a fault saves.
+    fn fault_flags(&self, fault: Fault) -> u64 {
+        // An instruction breakpoint's handler decides itself whether to set RF; every other fault sets it.
+        let breakpoint = fault.vector == vector::DB && fault.address & dr::DR6_BD == 0;
+        self.state.rflags() | if breakpoint { 0 } else { rflags::RF }
     }
 
     /// Delivers `event` with `flags` as the image of RFLAGS to save.

@@ -221,6 +221,8 @@ impl Cpu {
         }
         let trap = self.vm_exit(reason::EXCEPTION_OR_NMI, 0);
         self.vmx.exit.interruption = information(vector, kind);
+        // RF is cleared at the start of a software interrupt ("Instruction-Breakpoint Exception Condition").
+        self.set_resume_flag(0);
         Err(trap)
     }
 
