@@ -10,6 +10,16 @@ mod capabilities;
 mod control_registers;
 #[path = "hatchling/descriptor_tables.rs"]
 mod descriptor_tables;
+#[path = "hatchling/entry.rs"]
+mod entry;
+#[path = "hatchling/entry_controls.rs"]
+mod entry_controls;
+#[path = "hatchling/entry_guest.rs"]
+mod entry_guest;
+#[path = "hatchling/entry_host.rs"]
+mod entry_host;
+#[path = "hatchling/entry_segments.rs"]
+mod entry_segments;
 #[path = "hatchling/ept_faults.rs"]
 mod ept_faults;
 #[path = "hatchling/ept_features.rs"]
@@ -26,6 +36,8 @@ mod instructions;
 mod interrupts;
 #[path = "hatchling/io_msr.rs"]
 mod io_msr;
+#[path = "hatchling/modes.rs"]
+mod modes;
 #[path = "hatchling/msr_lists.rs"]
 mod msr_lists;
 #[path = "hatchling/simple_exits.rs"]
@@ -75,4 +87,9 @@ fn in_vmx_operation(vmxon_region: u64) {
     apic_access::all();
     virtual_interrupts::all();
     msr_lists::all();
+    modes::all();
+    entry_controls::all();
+    entry_host::all();
+    entry_guest::all();
+    entry_segments::all();
 }

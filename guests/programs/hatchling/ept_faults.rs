@@ -37,7 +37,7 @@ pub fn with_ept(name: &str, code: u64) -> Option<(Vm, Ept)> {
 }
 
 /// One hierarchy for all cases, made anew for each.
-fn shared_ept() -> Ept {
+pub fn shared_ept() -> Ept {
     use core::sync::atomic::{AtomicU64, Ordering::Relaxed};
     static ROOT: AtomicU64 = AtomicU64::new(0);
     if ROOT.load(Relaxed) == 0 {

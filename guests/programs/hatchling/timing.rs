@@ -36,7 +36,7 @@ fn preemption_timer() {
     if HLT_EXITING.clearable() {
         vm.set(&[PREEMPTION_TIMER]);
         vm.unset(&[HLT_EXITING]);
-        vmwrite(f::PREEMPTION_TIMER_VALUE, 1000);
+        vmwrite(f::PREEMPTION_TIMER_VALUE, 200_000);
         want.at(1).run("preemption timer: wakes L2 from HLT", &mut vm);
         equal("preemption timer: the activity state is HLT", vmread(f::GUEST_ACTIVITY), 1);
     }

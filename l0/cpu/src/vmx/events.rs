@@ -221,8 +221,6 @@ impl Cpu {
         }
         let trap = self.vm_exit(reason::EXCEPTION_OR_NMI, 0);
         self.vmx.exit.interruption = information(vector, kind);
-        // RF is cleared at the start of a software interrupt ("Instruction-Breakpoint Exception Condition").
-        self.set_resume_flag(0);
         Err(trap)
     }
 
@@ -290,6 +288,8 @@ impl Cpu {
         let delivering = self.vmx.exit.idt_vectoring & event::VALID != 0;
         if !delivering {
             match resume_flag(reason) {
+                // RF is cleared at the start of a software interrupt ("Instruction-Breakpoint Exception Condition").
+                Resume::Keep if self.exits_for_software_exception() => self.set_resume_flag(0),
                 Resume::Clear => self.set_resume_flag(0),
                 Resume::Set => self.set_resume_flag(rflags::RF),
                 Resume::Keep => {}
@@ -301,6 +301,13 @@ impl Cpu {
         if !self.keeps_pending_debug(reason) {
             self.state.pending_debug = 0;
         }
+    }
+
+    /// The VM exit is that of INT3, INTO or INT1.
+    fn exits_for_software_exception(&self) -> bool {
+        let kind = (self.vmx.exit.interruption & event::TYPE) >> event::TYPE_SHIFT;
+        self.vmx.exit.reason == reason::EXCEPTION_OR_NMI
+            && matches!(kind, event::PRIVILEGED_SOFTWARE_EXCEPTION | event::SOFTWARE_EXCEPTION)
     }
 
     /// "NMI unblocking due to IRET".
