@@ -96,14 +96,36 @@ impl Cpu {
     #[cold]
     #[inline(never)]
     fn load_slow<T: Word>(&mut self, linear: u64) -> Exec<T> {
+        if self.is_plain_miss(linear, T::SIZE) {
+            self.check_address(linear, T::SIZE)?;
+            if let Place::Ram(_, host) = self.place(linear, T::SIZE, Access::Read, self.privilege())? {
+                // SAFETY: `place` returned the host address of `linear` in a page of RAM, in which the access lies.
+                return Ok(unsafe { T::load(host) });
+            }
+        }
         let mut bytes = [0; 16];
         self.read_bytes(linear, &mut bytes[..T::SIZE])?;
         Ok(T::from_bytes(&bytes[..T::SIZE]))
     }
 
+    /// An access that the TLB does not know, but that lies in one page and has nothing special about it: no alignment
+    /// check, no data breakpoints.
+    fn is_plain_miss(&self, linear: u64, size: usize) -> bool {
+        self.data_mode != Mode::Slow && linear as usize & 4095 <= 4096 - size
+    }
+
     #[cold]
     #[inline(never)]
     fn store_slow<T: Word>(&mut self, linear: u64, value: T) -> Exec {
+        if self.is_plain_miss(linear, T::SIZE) {
+            self.check_address(linear, T::SIZE)?;
+            if let Place::Ram(address, host) = self.place(linear, T::SIZE, Access::Write, self.privilege())? {
+                // SAFETY: as in `load_slow`; writing is allowed.
+                unsafe { T::store(host, value) };
+                self.wrote_ram(address, T::SIZE as u64);
+                return Ok(());
+            }
+        }
         let mut bytes = [0; 16];
         value.to_bytes(&mut bytes[..T::SIZE]);
         self.write_bytes(linear, &bytes[..T::SIZE])

@@ -228,24 +228,20 @@ fn walk_and_mark<P: Physical>(
     access: Access,
     privilege: Privilege,
 ) -> Walked<Translation> {
+    let mut walk = Walk::new();
     // The walk is done again when another processor changed the leaf under us while we set its A/D bits.
     for _ in 0..64 {
-        let walk = walk(state, physical, linear)?;
+        walk.go(state, physical, linear)?;
         check(state, &walk.to, access, privilege)?;
-        if let Some(done) = walk.mark(physical, access == Access::Write)? {
-            return Ok(done);
+        if walk.mark(physical, access == Access::Write)? {
+            return Ok(walk.to);
         }
     }
     // Another processor keeps rewriting the entry: take what is there without marking it, as if it had not been
     // cached; the next access walks again.
-    let walk = walk(state, physical, linear)?;
+    walk.go(state, physical, linear)?;
     check(state, &walk.to, access, privilege)?;
     Ok(walk.to)
-}
-
-#[inline(always)]
-fn walk<P: Physical>(state: &CpuState, physical: &mut P, linear: u64) -> Walked<Walk> {
-    if state.cr4 & cr4::PAE == 0 { walk32(state, physical, linear) } else { walk64(state, physical, linear) }
 }
 
 /// Physical address of `linear` if it is mapped, whatever the access rights, changing nothing: for debuggers and
@@ -260,7 +256,9 @@ pub(crate) fn peek(
     let to = if state.cr0 & cr0::PG == 0 {
         Translation::unpaged(linear)
     } else {
-        walk(state, &mut physical, linear).ok()?.to
+        let mut walk = Walk::new();
+        walk.go(state, &mut physical, linear).ok()?;
+        walk.to
     };
     let page = physical.page(to.physical, EptAccess::default()).ok()?;
     Some(page.physical | linear & 4095)
@@ -328,7 +326,7 @@ struct Used {
     writable: bool,
 }
 
-/// A finished walk, with the entries that led there, so that they can be marked.
+/// A walk, with the entries that it used, so that they can be marked.
 struct Walk {
     to: Translation,
     /// Root first.
@@ -338,18 +336,17 @@ struct Walk {
 }
 
 impl Walk {
-    fn new(wide: bool) -> Self {
-        let to = Translation {
-            physical: 0,
-            large: false,
-            global: false,
-            user: true,
-            writable: true,
-            executable: true,
-            dirty: false,
-            key: 0,
-        };
-        Self { to, entries: [Used::default(); 5], count: 0, wide }
+    #[inline(always)]
+    fn new() -> Self {
+        Self { to: Translation::unpaged(0), entries: [Used::default(); 5], count: 0, wide: false }
+    }
+
+    #[inline(always)]
+    fn go<P: Physical>(&mut self, state: &CpuState, physical: &mut P, linear: u64) -> Walked<()> {
+        self.to = Translation { large: false, dirty: false, ..Translation::unpaged(0) };
+        self.count = 0;
+        self.wide = state.cr4 & cr4::PAE != 0;
+        if self.wide { walk64(state, physical, linear, self) } else { walk32(state, physical, linear, self) }
     }
 
     fn note(&mut self, used: Used) {
@@ -359,9 +356,9 @@ impl Walk {
         self.to.writable &= used.value & paging::WRITE != 0;
     }
 
-    /// Sets accessed bits, and the leaf's dirty bit for a write; none if an entry changed meanwhile.
+    /// Sets accessed bits, and the leaf's dirty bit for a write; false if an entry changed meanwhile.
     #[inline(always)]
-    fn mark<P: Physical>(mut self, physical: &mut P, write: bool) -> Result<Option<Translation>, Refused> {
+    fn mark<P: Physical>(&mut self, physical: &mut P, write: bool) -> Result<bool, Refused> {
         for (i, used) in self.entries[..self.count].iter().enumerate() {
             let leaf = i + 1 == self.count;
             let wanted = used.value | paging::ACCESSED | if leaf && write { paging::DIRTY } else { 0 };
@@ -370,14 +367,14 @@ impl Walk {
                     physical.page(used.gpa, MARK_ENTRY)?;
                 }
                 if !exchange(physical.memory(), used.physical, self.wide, used.value, wanted) {
-                    return Ok(None);
+                    return Ok(false);
                 }
             }
             if leaf {
                 self.to.dirty = wanted & paging::DIRTY != 0;
             }
         }
-        Ok(Some(self.to))
+        Ok(true)
     }
 }
 
@@ -414,8 +411,7 @@ fn entry<P: Physical>(physical: &mut P, gpa: u64, wide: bool) -> Result<Used, Re
 }
 
 /// 32-bit paging.
-fn walk32<P: Physical>(state: &CpuState, physical: &mut P, linear: u64) -> Walked<Walk> {
-    let mut walk = Walk::new(false);
+fn walk32<P: Physical>(state: &CpuState, physical: &mut P, linear: u64, walk: &mut Walk) -> Walked<()> {
     let pde_at = (state.cr3 & 0xffff_f000) | ((linear >> 22 & 0x3ff) << 2);
     let used = entry(physical, pde_at, false)?;
     let pde = used.value;
@@ -431,7 +427,7 @@ fn walk32<P: Physical>(state: &CpuState, physical: &mut P, linear: u64) -> Walke
         walk.to.physical = (pde & 0xffc0_0000) | (pde >> 13 & 0xff) << 32 | (linear & 0x3f_f000);
         walk.to.large = true;
         walk.to.global = pde & paging::GLOBAL != 0 && state.cr4 & cr4::PGE != 0;
-        return Ok(walk);
+        return Ok(());
     }
     let pte_at = (pde & 0xffff_f000) | ((linear >> 12 & 0x3ff) << 2);
     let used = entry(physical, pte_at, false)?;
@@ -442,7 +438,7 @@ fn walk32<P: Physical>(state: &CpuState, physical: &mut P, linear: u64) -> Walke
     walk.note(used);
     walk.to.physical = pte & 0xffff_f000;
     walk.to.global = pte & paging::GLOBAL != 0 && state.cr4 & cr4::PGE != 0;
-    Ok(walk)
+    Ok(())
 }
 
 /// Reserved bits common to all 8-byte entries.
@@ -454,8 +450,7 @@ fn reserved64(state: &CpuState) -> u64 {
 }
 
 /// PAE, 4-level and 5-level paging.
-fn walk64<P: Physical>(state: &CpuState, physical: &mut P, linear: u64) -> Walked<Walk> {
-    let mut walk = Walk::new(true);
+fn walk64<P: Physical>(state: &CpuState, physical: &mut P, linear: u64, walk: &mut Walk) -> Walked<()> {
     let reserved = reserved64(state);
     let (mut table, mut level) = if state.long_mode() {
         (state.cr3 & paging::ADDRESS, if state.cr4 & cr4::LA57 != 0 { 5 } else { 4 })
@@ -491,7 +486,7 @@ fn walk64<P: Physical>(state: &CpuState, physical: &mut P, linear: u64) -> Walke
             walk.to.large = large;
             walk.to.global = entry & paging::GLOBAL != 0 && state.cr4 & cr4::PGE != 0;
             walk.to.key = (entry >> paging::PROTECTION_KEY_SHIFT & 0xf) as u32;
-            return Ok(walk);
+            return Ok(());
         }
         table = entry & paging::ADDRESS;
         level -= 1;
