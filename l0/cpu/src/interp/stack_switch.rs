@@ -165,7 +165,9 @@ impl Cpu {
         self.set_stack_pointer(stack.rsp & stack.mask, stack.mask);
     }
 
-    /// Nulls DS, ES, FS and GS where the outer level `cpl` may not use what they hold.
+    /// Nulls DS, ES, FS and GS where the outer level `cpl` may not use what they hold. Bases stay: a hypervisor that gives
+    /// FS a usable descriptor of DPL 0 with its guest's thread pointer as base (KVM does, for the guests of its guests)
+    /// relies on it.
     pub(crate) fn drop_inner_segments(&mut self, cpl: u8) {
         for seg in [Seg::Es, Seg::Ds, Seg::Fs, Seg::Gs] {
             let register = self.state.seg(seg);
@@ -174,7 +176,8 @@ impl Cpu {
                 == segment::S | segment::CODE | segment::CONFORMING;
             let keeps = conforming || register.dpl() >= cpl;
             if !keeps && !register.unusable() {
-                *self.state.seg_mut(seg) = super::segment::null_segment(0, 0);
+                let base = register.base;
+                *self.state.seg_mut(seg) = Segment { base, ..super::segment::null_segment(0, 0) };
             }
         }
     }

@@ -225,6 +225,18 @@ fn iretq_to_user_restores_everything() {
     assert_eq!(s.code_bits(), 64);
 }
 
+/// FS with descriptor privilege level 0 is nulled on the way to ring 3; its base, as a VM exit may have loaded it, is kept.
+#[test]
+fn iretq_to_user_keeps_the_base_of_a_segment_it_nulls() {
+    let mut m = Machine::long().with(|s| {
+        *s.seg_mut(Seg::Fs) = Segment { base: 0x7f12_3456_7000, limit: !0, access: 0xc093, selector: 0 };
+    });
+    iretq(&mut m, 0x12345, UCODE64, 2, USER_STACK, UDATA);
+    m.steps(1);
+    let nulled = m.cpu.state.seg(Seg::Fs);
+    assert_eq!((nulled.base, nulled.unusable()), (0x7f12_3456_7000, true));
+}
+
 #[test]
 fn iretq_to_compatibility_mode() {
     let mut m = Machine::long();
