@@ -371,7 +371,8 @@ impl Cpu {
                 self.take_trap(Trap::Again)
             }
             Err(trap) => {
-                if had_rf {
+                // A VM exit decides by itself what RF becomes.
+                if had_rf && trap == Trap::Fault {
                     self.state.rflags_system |= rflags::RF;
                 }
                 self.state.shadow = shadow;

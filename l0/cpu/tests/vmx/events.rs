@@ -110,8 +110,10 @@ fn debug_exceptions_leave_the_debug_registers() {
 
 #[test]
 fn software_exceptions() {
-    let mut m = long(exceptions(1 << 3));
+    // RF is as the trap would save it: clear, whatever it was.
+    let mut m = long(exceptions(1 << 3)).with(|s| s.set_rflags(rflags::RF));
     let e = exit_of(&mut m, |a| a.int3().unwrap());
+    assert_eq!(m.cpu.state.rflags(), 2);
     assert_eq!((e.interruption, e.instruction_length), (VALID | 6 << 8 | 3, 1));
     assert_eq!((m.cpu.state.rip, e.idt_vectoring), (CODE, 0));
     let mut m = non_root(Machine::protected(), exceptions(1 << 4)).with(|s| s.set_rflags(rflags::OF));
@@ -148,12 +150,28 @@ fn a_fault_in_a_delivery_records_what_was_delivered() {
     // The double fault that comes of it is an event of its own; the page fault has left its address.
     assert_eq!((e.interruption, e.idt_vectoring), (VALID | CODE_VALID | HARDWARE | 8, 0));
     assert_eq!(m.cpu.state.cr2, 1 << 40);
-    // The page fault is delivered by itself, and its second fault exits.
-    let mut m = long(exceptions(1 << 11));
+    // The second fault exits by its own bit, before it makes a double fault; the page fault has left its address.
+    let mut m = long(exceptions(1 << 11)).with(|s| s.cr2 = 7);
+    m.cpu.vmx.controls.page_fault_match = 1 << 31;
+    m.cpu.vmx.controls.exception_bitmap |= 1 << 14;
     m.idt(14, gate(KCODE, HANDLERS, 0x0e, 0));
     m.set(reg::RSI, 1 << 40);
-    m.asm(|a| a.mov(al, byte_ptr(rsi)).unwrap());
-    assert_eq!(m.vector(), 8);
+    let e = exit_of(&mut m, |a| a.mov(al, byte_ptr(rsi)).unwrap());
+    assert_eq!((e.interruption, e.interruption_error), (VALID | CODE_VALID | HARDWARE | 11, 14 * 8 + 3));
+    assert_eq!((e.idt_vectoring, m.cpu.state.cr2), (VALID | CODE_VALID | HARDWARE | 14, 1 << 40));
+    // In the delivery of a double fault: no triple fault.
+    let mut m = long(exceptions(1 << 11));
+    for vector in [6, 8] {
+        m.idt(vector, gate(KCODE, HANDLERS, 0x0e, 0));
+    }
+    m.cpu.state.injected = Some(Event {
+        vector: 8,
+        kind: EventKind::HardwareException,
+        error_code: Some(0),
+        instruction_length: 0,
+    });
+    let e = exit_of(&mut m, |a| a.nop().unwrap());
+    assert_eq!((e.interruption & 0xff, e.idt_vectoring), (11, VALID | CODE_VALID | HARDWARE | 8));
     // An external interrupt.
     let mut m = long(exceptions(1 << 11)).with(|s| s.set_rflags(rflags::IF));
     m.idt(0x30, gate(KCODE, HANDLERS, 0x0e, 0));

@@ -134,8 +134,8 @@ fn an_ept_violation_in_a_delivery() {
     let e = vectored(&mut m);
     assert_eq!((e.idt_vectoring, e.idt_vectoring_error), (1 << 31 | 1 << 11 | 3 << 8 | 14, 0));
     assert_eq!((m.cpu.state.cr2, m.cpu.state.rflags()), (1 << 40, 2 | rflags::RF));
-    // A software interrupt.
-    let mut m = under_ept(Machine::long(), secondary(0));
+    // A software interrupt, which would have saved RF clear.
+    let mut m = under_ept(Machine::long(), secondary(0)).with(|s| s.set_rflags(rflags::RF));
     set_hole(&mut m, IDT);
     m.asm(|a| a.int(0x80).unwrap());
     let e = vectored(&mut m);
