@@ -10,6 +10,15 @@
 //! - `NonRoot`: its guest runs, under [`Vmx::controls`]. Whatever the controls ask for returns [`crate::Exit::Vm`] with
 //!   the registers as the SDM has them saved. The owner enters and leaves by setting `state` and calling
 //!   [`crate::Cpu::enter_non_root`] and [`crate::Cpu::leave_non_root`].
+//!
+//! Who causes exits: `instructions` (asked by the handlers once the faults that come first are out of the way; the VMX
+//! instructions themselves are in `interp/vmx`), `events` (between instructions, exceptions, and whatever interrupts a
+//! delivery; also how an exit leaves RF, shadows and pending debug exceptions), `ept` and `apic`. None of them costs
+//! anything where VMX is not in use: only handlers of the rare instructions and the run loop's slow path ask.
+//!
+//! An event that the owner gives back is [`crate::state::CpuState::injected`]; a fault for the instruction at RIP is
+//! [`crate::Cpu::inject_fault`]. The VMX-preemption timer's deadline is looked at on entry and when the owner raises
+//! [`crate::attention::Attention::PREEMPTION`], which it does once the TSC has reached it.
 
 mod apic;
 mod ept;
