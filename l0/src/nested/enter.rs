@@ -124,6 +124,13 @@ impl Nested {
         inputs
     }
 
+    /// Tells which entry of an MSR list was bad to whoever asked.
+    pub(super) fn tell_bad_entry(&mut self, cpu: &Cpu, list: &str, bad: &msr_lists::BadEntry) {
+        if let Some(explainer) = &mut self.explainer {
+            explainer.msr(cpu, list, bad);
+        }
+    }
+
     /// The entry fails as an exit: nothing is saved, the host state is loaded.
     fn fail_entry(&mut self, cpu: &mut Cpu, mut vmcs12: Box<Vmcs>, failure: &EntryFailure) -> After {
         cpu.state.instructions += 1;
@@ -133,11 +140,12 @@ impl Nested {
     }
 
     fn enter_checked(&mut self, cpu: &mut Cpu, vmcs12: Box<Vmcs>, pdptes: Option<[u64; 4]>) -> After {
-        let tsc = cpu.root_tsc();
         // STEP 5: load the guest state. STEP 6: load MSRs from the list.
         guest_state::load(cpu, &vmcs12, pdptes);
-        if let Err(msr_lists::BadEntry(n)) = msr_lists::load(cpu, &vmcs12, msr_lists::ENTRY_LOAD) {
-            let failure = EntryFailure { reason: reason::ENTRY_FAILURE_MSR_LOADING, qualification: n };
+        if let Err(bad) = msr_lists::load(cpu, &vmcs12, msr_lists::ENTRY_LOAD) {
+            self.tell_bad_entry(cpu, "VM-entry MSR-load", &bad);
+            let failure =
+                EntryFailure { reason: reason::ENTRY_FAILURE_MSR_LOADING, qualification: bad.number };
             return self.fail_entry(cpu, vmcs12, &failure);
         }
         cpu.state.instructions += 1;
@@ -146,11 +154,12 @@ impl Nested {
         let vmcs02 = merge::merge(&self.vmcs01, &vmcs12);
         let mut controls = controls(&vmcs02);
         self.select_tables(cpu, &vmcs12, &controls);
-        self.start_timer(cpu, &vmcs12, &mut controls, tsc);
         // STEP 8: event injection.
         inject(cpu, &vmcs12, &mut controls);
         self.show_shadow_vmcs(cpu, &vmcs12);
         forget_untagged(cpu, &controls);
+        // Last, so that what VM entry itself takes does not count.
+        self.start_timer(cpu, &vmcs12, &mut controls);
         self.vmcs12 = Some(vmcs12);
         cpu.enter_non_root(controls);
         After::GoOn
@@ -171,13 +180,13 @@ impl Nested {
     }
 
     /// The timer counts down from its value whenever the TSC's bit of the rate changes.
-    fn start_timer(&self, cpu: &Cpu, vmcs12: &Vmcs, controls: &mut Controls, tsc: u64) {
+    fn start_timer(&self, cpu: &mut Cpu, vmcs12: &Vmcs, controls: &mut Controls) {
         if !controls.has_pin(pin::PREEMPTION_TIMER) {
             return;
         }
         let rate = PREEMPTION_TIMER_RATE;
         let value = vmcs12.get(Field::PreemptionTimerValue);
-        controls.preemption_deadline = ((tsc >> rate).wrapping_add(value)) << rate;
+        controls.preemption_deadline = ((cpu.root_tsc() >> rate).wrapping_add(value)) << rate;
         self.timer.set(controls.preemption_deadline.wrapping_sub(cpu.state.msrs.tsc_adjust));
     }
 

@@ -2,11 +2,16 @@
 
 use std::collections::HashMap;
 use std::fmt::Write as _;
+use std::io::Write as _;
 
 use turtles_cpu::Cpu;
+use turtles_cpu::vmx::FailedAccess;
 use vmcs_shadow::check::Rule;
-use vmcs_shadow::{Vmcs, error};
+use vmcs_shadow::encoding::Encoding;
+use vmcs_shadow::{Field, Vmcs, error};
 use x86defs::vmx::reason;
+
+use super::msr_lists::BadEntry;
 
 /// Each cause is told so often; guests that probe repeat themselves.
 const REPEATS: u32 = 3;
@@ -46,7 +51,7 @@ impl Explainer {
             rule.describe(),
             rule.section()
         );
-        self.tell(cpu, &rule.to_string(), &text);
+        self.tell(cpu.state.rip, &rule.to_string(), &text);
     }
 
     /// A VMX instruction that fails with a VM-instruction error, or with VMfailInvalid (none).
@@ -55,7 +60,7 @@ impl Explainer {
         let what = reason::name(exit.reason);
         let text = match number {
             Some(number) => format!(
-                "{what} (operand {:#x}) fails with error {number}: {}. {}.",
+                "{what} (operand {:#x}) fails with error {number} ({}): {}.",
                 exit.operand,
                 error::meaning(number),
                 error::remedy(number)
@@ -66,26 +71,45 @@ impl Explainer {
                 exit.operand
             ),
         };
-        self.tell(cpu, &format!("{what} {number:?}"), &text);
+        self.tell(cpu.state.rip, &format!("{what} {number:?}"), &text);
     }
 
-    /// An MSR-load list's entry that VM entry or exit could not load.
-    pub fn msr(&mut self, cpu: &Cpu, entry: u64, index: u32, value: u64) {
+    /// An entry of an MSR list that VM entry or VM exit could not process.
+    pub fn msr(&mut self, cpu: &Cpu, list: &str, bad: &BadEntry) {
+        let (number, index, value) = (bad.number, bad.entry.index, bad.entry.value);
         let text = format!(
-            "VM-entry failure: entry {entry} of the VM-entry MSR-load area (MSR {index:#x} = {value:#x}) cannot be \
-             loaded. WRMSR would raise #GP for it, or it is an MSR that no such list may hold. (SDM volume 3, \"Loading \
-             MSRs\".)"
+            "entry {number} of the {list} area (MSR {index:#x}, value {value:#x}) is refused. Rule {}: {}. (SDM volume 3, \
+             \"Loading MSRs\", \"Saving MSRs\".)",
+            bad.rule.name(),
+            bad.rule.describe()
         );
-        self.tell(cpu, &format!("msr {index:#x}"), &text);
+        self.tell(cpu.state.rip, &format!("{list} {index:#x}"), &text);
     }
 
-    fn tell(&mut self, cpu: &Cpu, cause: &str, text: &str) {
+    /// A VMREAD or VMWRITE that the CPU refused.
+    pub fn field_access(&mut self, access: &FailedAccess) {
+        let what = reason::name(access.reason);
+        let field = Encoding::new(access.encoding).ok().and_then(Field::from_encoding);
+        let name = field.map_or("no field", |field| field.info().name);
+        let text = format!(
+            "{what} of encoding {:#x} ({name}) fails with error {} ({}): {}.",
+            access.encoding,
+            access.error,
+            error::meaning(access.error),
+            error::remedy(access.error)
+        );
+        self.tell(access.rip, &format!("{what} {:#x}", access.encoding), &text);
+    }
+
+    fn tell(&mut self, rip: u64, cause: &str, text: &str) {
         let count = self.told.entry(cause.to_owned()).or_insert(0);
         *count += 1;
         if *count > REPEATS {
             return;
         }
         let more = if *count == REPEATS { " (Not told again.)" } else { "" };
-        eprintln!("turtles: explain: vCPU {} at {:#x}: {text}{more}", self.vcpu, cpu.state.rip);
+        let line = format!("turtles: explain: vCPU {} at {rip:#x}: {text}{more}\n", self.vcpu);
+        // One write, so that the guest's own output does not come in between. If nobody listens, nobody is told.
+        drop(std::io::stderr().write_all(line.as_bytes()));
     }
 }

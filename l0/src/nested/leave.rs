@@ -32,7 +32,8 @@ impl Nested {
         self.save_timer(cpu, &mut vmcs12);
         save_log_index(cpu, &mut vmcs12);
         self.hide_shadow_vmcs(cpu, &vmcs12);
-        if let Err(msr_lists::BadEntry(_)) = msr_lists::store(cpu, &vmcs12, msr_lists::EXIT_STORE) {
+        if let Err(bad) = msr_lists::store(cpu, &vmcs12, msr_lists::EXIT_STORE) {
+            self.tell_bad_entry(cpu, "VM-exit MSR-store", &bad);
             return self.abort(cpu, vmcs12, Abort::StoringGuestMsrs);
         }
         cpu.state.nmi_blocked = nmi_blocked_after(cpu.state.nmi_blocked, &exit, &vmcs12);
@@ -47,7 +48,8 @@ impl Nested {
         if let Err(abort) = host_state::load(cpu, &vmcs12) {
             return self.abort(cpu, vmcs12, abort);
         }
-        if let Err(msr_lists::BadEntry(_)) = msr_lists::load(cpu, &vmcs12, msr_lists::EXIT_LOAD) {
+        if let Err(bad) = msr_lists::load(cpu, &vmcs12, msr_lists::EXIT_LOAD) {
+            self.tell_bad_entry(cpu, "VM-exit MSR-load", &bad);
             return self.abort(cpu, vmcs12, Abort::LoadingHostMsrs);
         }
         cpu.vmx.current = Some(vmcs12);

@@ -92,6 +92,9 @@ impl Nested {
 
     /// Handles a [`turtles_cpu::Exit::Vm`].
     pub fn handle(&mut self, cpu: &mut Cpu) -> After {
+        if let (Some(explainer), Some(access)) = (&mut self.explainer, cpu.vmx.failed_access.take()) {
+            explainer.field_access(&access);
+        }
         if let Some(recorder) = &mut self.recorder {
             recorder.exit(cpu);
         }

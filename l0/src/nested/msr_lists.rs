@@ -4,7 +4,7 @@
 
 use turtles_cpu::Cpu;
 use vmcs_shadow::caps::MSR_LIST_MAX;
-use vmcs_shadow::check::msr_list::{MsrEntry, check_msr_load, check_msr_store};
+use vmcs_shadow::check::msr_list::{MsrEntry, MsrRule, check_msr_load, check_msr_store};
 use vmcs_shadow::{Field, Vmcs};
 
 /// Most entries that a list is read to.
@@ -21,9 +21,14 @@ pub const ENTRY_LOAD: List = List { address: Field::EntryMsrLoadAddress, count: 
 pub const EXIT_STORE: List = List { address: Field::ExitMsrStoreAddress, count: Field::ExitMsrStoreCount };
 pub const EXIT_LOAD: List = List { address: Field::ExitMsrLoadAddress, count: Field::ExitMsrLoadCount };
 
-/// The entry (counted from 1) that could not be processed.
+/// An entry that could not be processed.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub struct BadEntry(pub u64);
+pub struct BadEntry {
+    /// Counted from 1.
+    pub number: u64,
+    pub entry: MsrEntry,
+    pub rule: MsrRule,
+}
 
 impl List {
     fn entries(self, vmcs: &Vmcs) -> impl Iterator<Item = (u64, u64)> + use<> {
@@ -43,11 +48,12 @@ fn read_entry(cpu: &Cpu, address: u64) -> MsrEntry {
 
 /// Loads a list into the MSRs ("Loading MSRs"); stops at the first entry that breaks a rule.
 pub fn load(cpu: &mut Cpu, vmcs: &Vmcs, list: List) -> Result<(), BadEntry> {
-    for (n, address) in list.entries(vmcs) {
+    for (number, address) in list.entries(vmcs) {
         let entry = read_entry(cpu, address);
-        let fine = n <= LONGEST && check_msr_load(entry).is_ok() && cpu.load_msr(entry.index, entry.value);
-        if !fine {
-            return Err(BadEntry(n));
+        let bad = |rule| BadEntry { number, entry, rule };
+        check_msr_load(entry).map_err(bad)?;
+        if number > LONGEST || !cpu.load_msr(entry.index, entry.value) {
+            return Err(bad(MsrRule::Refused));
         }
     }
     Ok(())
@@ -55,12 +61,12 @@ pub fn load(cpu: &mut Cpu, vmcs: &Vmcs, list: List) -> Result<(), BadEntry> {
 
 /// Stores MSRs into a list ("Saving MSRs").
 pub fn store(cpu: &mut Cpu, vmcs: &Vmcs, list: List) -> Result<(), BadEntry> {
-    for (n, address) in list.entries(vmcs) {
+    for (number, address) in list.entries(vmcs) {
         let entry = read_entry(cpu, address);
-        let allowed = n <= LONGEST && check_msr_store(entry).is_ok();
-        let Some(value) = allowed.then(|| cpu.stored_msr(entry.index)).flatten() else {
-            return Err(BadEntry(n));
-        };
+        let bad = |rule| BadEntry { number, entry, rule };
+        check_msr_store(entry).map_err(bad)?;
+        let value = cpu.stored_msr(entry.index).filter(|_| number <= LONGEST);
+        let value = value.ok_or(bad(MsrRule::Refused))?;
         cpu.memory().write(address.wrapping_add(8), &value.to_le_bytes());
     }
     Ok(())

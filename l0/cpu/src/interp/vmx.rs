@@ -12,7 +12,7 @@ use crate::decode::cold;
 use crate::op::{Cold, ColdHandler, Handler, Op};
 use crate::state::reg;
 use crate::trap::{Exec, Fault, Trap};
-use crate::vmx::{Operation, information};
+use crate::vmx::{FailedAccess, Operation, information};
 
 /// How this family executes `insn`, if it is its own.
 pub(crate) fn lower(insn: &Instruction) -> Option<ColdHandler> {
@@ -187,6 +187,13 @@ impl Cpu {
         self.require_cpl0()
     }
 
+    /// VMREAD or VMWRITE fails, and is remembered for who asks why.
+    #[cold]
+    fn field_access_failed(&mut self, reason: u32, encoding: u64, error: u32) {
+        self.vmx.failed_access = Some(FailedAccess { reason, encoding, error, rip: self.block_ip() });
+        self.vm_fail_valid(error);
+    }
+
     /// Bit `index` of the bitmap at physical address `bitmap`.
     pub(crate) fn bitmap_bit(&self, bitmap: u64, index: u64) -> bool {
         let mut byte = [0];
@@ -213,7 +220,7 @@ fn vmread(cpu: &mut Cpu, cold: &Cold) -> Exec {
             cpu.write_operand(cold, 0, width, value)?;
             cpu.vm_succeed();
         }
-        Err(error) => cpu.vm_fail_valid(error),
+        Err(error) => cpu.field_access_failed(reason::VMREAD, encoding, error),
     }
     Ok(())
 }
@@ -230,7 +237,7 @@ fn vmwrite(cpu: &mut Cpu, cold: &Cold) -> Exec {
     let done = vmx.current.as_mut().map_or(Ok(()), |vmcs| vmx.access.write(vmcs, encoding, value));
     match done {
         Ok(()) => cpu.vm_succeed(),
-        Err(error) => cpu.vm_fail_valid(error),
+        Err(error) => cpu.field_access_failed(reason::VMWRITE, encoding, error),
     }
     Ok(())
 }

@@ -63,6 +63,8 @@ pub struct Vmx {
     pub second_level: Option<Box<dyn SecondLevel>>,
     /// Details of the last [`crate::Exit::Vm`].
     pub exit: VmExit,
+    /// The last VMREAD or VMWRITE that failed: for explanations.
+    pub failed_access: Option<FailedAccess>,
     /// The last PAUSEs, since the last VM entry.
     pub(crate) pause_loop: Option<instructions::PauseLoop>,
     pub(crate) apic: apic::VirtualApic,
@@ -70,6 +72,17 @@ pub struct Vmx {
     pub(crate) check_timer: bool,
     /// A fault for RIP, from the owner.
     pub(crate) raised: Option<Fault>,
+}
+
+/// A VMREAD or VMWRITE that failed with a VM-instruction error.
+#[derive(Clone, Copy, Debug)]
+pub struct FailedAccess {
+    /// Exit reason that stands for the instruction.
+    pub reason: u32,
+    pub encoding: u64,
+    pub error: u32,
+    /// Start of the block of instructions that it is in.
+    pub rip: u64,
 }
 
 impl Vmx {
