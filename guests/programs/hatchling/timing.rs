@@ -29,14 +29,15 @@ fn preemption_timer() {
     equal("preemption timer: without saving the field stays", vmread(f::PREEMPTION_TIMER_VALUE), 0xffff_ffff);
     let mut vm = Vm::fresh(l2!(["2:", "inc rax", "jmp 2b"]));
     vm.set(&[PREEMPTION_TIMER]);
-    vmwrite(f::PREEMPTION_TIMER_VALUE, 2000);
+    // Some 8 ms, so that L2 gets a turn on a busy host.
+    vmwrite(f::PREEMPTION_TIMER_VALUE, 500_000);
     want.anywhere().run("preemption timer: ends a loop", &mut vm);
     check!("preemption timer: L2 has run until then", vm.regs.rax > 0, "RAX 0");
     let mut vm = Vm::fresh(l2!(["hlt"]));
     if HLT_EXITING.clearable() {
         vm.set(&[PREEMPTION_TIMER]);
         vm.unset(&[HLT_EXITING]);
-        vmwrite(f::PREEMPTION_TIMER_VALUE, 200_000);
+        vmwrite(f::PREEMPTION_TIMER_VALUE, 1_000_000);
         want.at(1).run("preemption timer: wakes L2 from HLT", &mut vm);
         equal("preemption timer: the activity state is HLT", vmread(f::GUEST_ACTIVITY), 1);
     }
