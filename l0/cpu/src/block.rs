@@ -113,10 +113,14 @@ pub(crate) fn key(physical: u64, code_bits: u32) -> u64 {
     physical | u64::from(code_bits) << 56
 }
 
+/// Slots that a block may be in: with one, pairs of blocks that a loop runs through would throw each other out for ever.
+const WAYS: usize = 4;
+
+/// The first of a block's slots.
 #[inline(always)]
 fn slot(key: u64) -> usize {
     // Fibonacci hashing: the low bits of nearby addresses are spread by the multiplication.
-    (key.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> (64 - BLOCK_SLOTS.trailing_zeros())) as usize
+    (key.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> (64 - (BLOCK_SLOTS / WAYS).trailing_zeros())) as usize * WAYS
 }
 
 /// The blocks of one vCPU.
@@ -157,14 +161,23 @@ impl BlockCache {
     #[inline(always)]
     pub(crate) fn find(&self, key: u64) -> Option<&Block> {
         let block = &self.slots[slot(key)];
-        (block.key == key && block.is_fresh()).then_some(block)
+        if block.key == key && block.is_fresh() {
+            return Some(block);
+        }
+        self.find_behind(key)
+    }
+
+    /// Looks at the slots behind the first.
+    fn find_behind(&self, key: u64) -> Option<&Block> {
+        let ways = &self.slots[slot(key)..][1..WAYS];
+        ways.iter().find(|block| block.key == key && block.is_fresh())
     }
 
     /// The same, to change what is kept of it for the translator.
     #[inline(always)]
     pub(crate) fn find_mut(&mut self, key: u64) -> Option<&mut Block> {
-        let block = &mut self.slots[slot(key)];
-        (block.key == key && block.is_fresh()).then_some(block)
+        let ways = &mut self.slots[slot(key)..][..WAYS];
+        ways.iter_mut().find(|block| block.key == key && block.is_fresh())
     }
 
     /// The ops of a block.
@@ -197,7 +210,11 @@ impl BlockCache {
         block.first = self.used as u32;
         self.ops[self.used..self.used + ops.len()].copy_from_slice(ops);
         self.used += ops.len();
-        self.slots[slot(block.key)] = block;
+        // The latest comes first; of those behind it, what it replaces or else the oldest goes.
+        let ways = &mut self.slots[slot(block.key)..][..WAYS];
+        let gone = ways.iter().position(|way| way.key == block.key).unwrap_or(WAYS - 1);
+        ways[..=gone].rotate_right(1);
+        ways[0] = block;
         block
     }
 

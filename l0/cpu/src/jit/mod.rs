@@ -284,10 +284,10 @@ impl Cpu {
         let asm = &mut translator.asm;
         asm.start(translator.memory.next());
         if !lower::lower(asm, translator.gate, &source) {
+            log::debug!("a block at {physical:#x} could not be translated");
             return None;
         }
         let Some(code) = translator.memory.append(&translator.asm.code) else {
-            // Full: everything goes, and what is hot will be back soon.
             self.blocks.clear();
             return None;
         };

@@ -3,7 +3,7 @@
 use std::arch::asm;
 use std::sync::OnceLock;
 
-use iced_x86::{Instruction, Mnemonic, OpKind};
+use iced_x86::{Code, Instruction, Mnemonic, OpKind};
 
 use super::memory::{For, replace_memory};
 use super::{Lowering, Use, flag_use};
@@ -86,7 +86,55 @@ fn plain(insn: &Instruction) -> Instruction {
     let mut plain = *insn;
     plain.set_has_rep_prefix(false);
     plain.set_has_repne_prefix(false);
+    plain.set_code(any_register(insn.code()));
     plain
+}
+
+/// The short forms that name the accumulator, in their general form.
+fn any_register(code: Code) -> Code {
+    use Code::*;
+    match code {
+        Add_AL_imm8 => Add_rm8_imm8,
+        Add_AX_imm16 => Add_rm16_imm16,
+        Add_EAX_imm32 => Add_rm32_imm32,
+        Add_RAX_imm32 => Add_rm64_imm32,
+        Or_AL_imm8 => Or_rm8_imm8,
+        Or_AX_imm16 => Or_rm16_imm16,
+        Or_EAX_imm32 => Or_rm32_imm32,
+        Or_RAX_imm32 => Or_rm64_imm32,
+        Adc_AL_imm8 => Adc_rm8_imm8,
+        Adc_AX_imm16 => Adc_rm16_imm16,
+        Adc_EAX_imm32 => Adc_rm32_imm32,
+        Adc_RAX_imm32 => Adc_rm64_imm32,
+        Sbb_AL_imm8 => Sbb_rm8_imm8,
+        Sbb_AX_imm16 => Sbb_rm16_imm16,
+        Sbb_EAX_imm32 => Sbb_rm32_imm32,
+        Sbb_RAX_imm32 => Sbb_rm64_imm32,
+        And_AL_imm8 => And_rm8_imm8,
+        And_AX_imm16 => And_rm16_imm16,
+        And_EAX_imm32 => And_rm32_imm32,
+        And_RAX_imm32 => And_rm64_imm32,
+        Sub_AL_imm8 => Sub_rm8_imm8,
+        Sub_AX_imm16 => Sub_rm16_imm16,
+        Sub_EAX_imm32 => Sub_rm32_imm32,
+        Sub_RAX_imm32 => Sub_rm64_imm32,
+        Xor_AL_imm8 => Xor_rm8_imm8,
+        Xor_AX_imm16 => Xor_rm16_imm16,
+        Xor_EAX_imm32 => Xor_rm32_imm32,
+        Xor_RAX_imm32 => Xor_rm64_imm32,
+        Cmp_AL_imm8 => Cmp_rm8_imm8,
+        Cmp_AX_imm16 => Cmp_rm16_imm16,
+        Cmp_EAX_imm32 => Cmp_rm32_imm32,
+        Cmp_RAX_imm32 => Cmp_rm64_imm32,
+        Test_AL_imm8 => Test_rm8_imm8,
+        Test_AX_imm16 => Test_rm16_imm16,
+        Test_EAX_imm32 => Test_rm32_imm32,
+        Test_RAX_imm32 => Test_rm64_imm32,
+        Xchg_r16_AX => Xchg_rm16_r16,
+        Xchg_r32_EAX => Xchg_rm32_r32,
+        Xchg_r64_RAX => Xchg_rm64_r64,
+        other => other,
+    }
 }
 
 /// On this host a shift by a constant sets all flags whatever they were (AF is undefined in the manual). Elsewhere they
