@@ -48,6 +48,8 @@ const STATUS_GLOBAL: u16 = 1 << 5;
 const STATUS_POWER_BUTTON: u16 = 1 << 8;
 /// Timer, global lock, power button.
 const EVENTS: u16 = STATUS_TIMER | STATUS_GLOBAL | STATUS_POWER_BUTTON;
+/// The RTC's alarm cannot wake a machine that never sleeps, so its event never comes; but it can be enabled.
+const ENABLES: u16 = EVENTS | 1 << 10;
 
 const CONTROL_SCI_EN: u16 = 1 << 0;
 const CONTROL_BUS_MASTER_RELOAD: u16 = 1 << 1;
@@ -223,7 +225,7 @@ impl AcpiPm {
         let registers = &mut self.registers;
         match at / 2 {
             0 => registers.status &= !value,
-            1 => registers.enable = (registers.enable & !bits) | (value & EVENTS),
+            1 => registers.enable = (registers.enable & !bits) | (value & ENABLES),
             2 => self.write_control(value, bits),
             _ => {}
         }
