@@ -16,6 +16,7 @@ pub enum CpuOptionError {
 
 /// What `--cpu` asked for.
 pub struct CpuOption {
+    text: String,
     pub model: CpuModel,
     /// None if the model has no VMX.
     pub vmx: Option<Capabilities>,
@@ -37,7 +38,18 @@ impl CpuOption {
         capabilities.follow_cpu(|feature| model.has(feature));
         capabilities.cr4_allowed = model.cr4_allowed();
         let vmx = model.has(Feature::Vmx).then_some(capabilities);
-        Ok(Self { model, vmx })
+        Ok(Self { text: text.to_owned(), model, vmx })
+    }
+
+    /// The same without VMX, for an engine that cannot give it.
+    pub fn without_vmx(self) -> Result<Self, CpuOptionError> {
+        if self.vmx.is_none() {
+            return Ok(self);
+        }
+        log::info!("no VMX for guests where KVM executes ring 0; --engine soft has it");
+        let vmx_flag = |part: &&str| !part.trim_start_matches(['+', '-']).starts_with("vmx-");
+        let others: Vec<&str> = self.text.split(',').map(str::trim).filter(vmx_flag).collect();
+        Self::parse(&format!("{},-vmx", others.join(",")))
     }
 }
 

@@ -28,7 +28,7 @@ use crate::devices::lapic::APIC_TIMER_HZ;
 use crate::devices::virtio::DmaObserver;
 use crate::devices::{MachineControl, MachineEvent};
 use crate::doctor;
-use crate::engine::kvm::{GuestTsc, KvmHost, KvmVm};
+use crate::engine::kvm::{GuestTsc, KvmHost, KvmVm, Share};
 use crate::engine::{Engine, Soft};
 use crate::error::RunError;
 use crate::memory::{HIGH_RAM_START, LOW_RAM_END, Ram};
@@ -145,6 +145,8 @@ impl Machine {
             return Err(RunError::VirtualClockCpus);
         }
         let asked = CpuOption::parse(&config.cpu)?;
+        let all_on_kvm = kvm.as_ref().is_some_and(|host| host.share() == Share::All);
+        let asked = if all_on_kvm { asked.without_vmx()? } else { asked };
         let model = asked.model.with_clocks(tsc_hz, APIC_TIMER_HZ).with_cpus(config.cpus);
         for warning in model.warnings() {
             log::warn!("{warning}");

@@ -24,6 +24,7 @@
 //! | ring 3, 64-bit, long without a system call | KVM | KVM, if nothing of its state needs the kernel's registers |
 //! | ring 3 otherwise | KVM | software CPU: one way to KVM and back costs as much as thousands of instructions |
 //! | exceptions, interrupts, INT n, SYSCALL from ring 3 | KVM | software CPU, from the state before the instruction |
+//! | guests of the guest (VMX non-root operation) | UNSUPPORTED: the guest sees no VMX | software CPU |
 //!
 //! Invariants:
 //! - KICK-1: whoever sets an attention bit either is seen before KVM_RUN, or ends it.

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use kvm_ioctls::VcpuFd;
 use turtles_cpu::attention::Attention;
 use turtles_cpu::state::{Activity, CpuState, Event, EventKind, Shadow};
+use turtles_cpu::vmx::Operation;
 use turtles_cpu::{Cpu, Exit};
 use x86defs::rflags;
 
@@ -510,7 +511,8 @@ fn set_tsc_frequency(vm: &KvmVm, fd: &VcpuFd, tsc_hz: u64) {
 
 impl Engine for KvmVcpu {
     fn run(&mut self, cpu: &mut Cpu, budget: u64) -> Result<Exit, EngineError> {
-        if budget < EXACT_BUDGET {
+        // KVM knows nothing of the controls and tables that a guest of the guest runs under.
+        if budget < EXACT_BUDGET || cpu.vmx.operation == Operation::NonRoot {
             return Ok(self.execute(cpu, budget).unwrap_or(Exit::Budget));
         }
         self.slice_end = Instant::now() + SLICE;
