@@ -63,7 +63,7 @@ pub fn run_guest(guest: &Guest, config: &MachineConfig) -> Result<GuestRun, RunE
 
 /// vCPUs for a guest: those that test several need them.
 pub fn cpus_for(guest: &Guest) -> u32 {
-    if guest.name == "smp" { 2 } else { 1 }
+    if matches!(guest.name, "smp" | "hatchling") { 2 } else { 1 }
 }
 
 /// Runs the guests named (or the showcase) and prints what happened. True if all passed on the engine that

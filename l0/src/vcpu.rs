@@ -241,7 +241,8 @@ impl Vcpu {
             self.init_pending = false;
             self.init();
         }
-        self.by_activity()
+        // L2 entered in an inactive state may have an event to take at once, injected or pending: the CPU sees to it.
+        if self.cpu.vmx.operation == Operation::NonRoot { State::Running } else { self.by_activity() }
     }
 
     fn by_activity(&self) -> State {

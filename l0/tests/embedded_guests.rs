@@ -23,7 +23,7 @@ fn assert_passes(guest: &Guest, config: &MachineConfig) {
 fn config(guest: &Guest, engine: EngineConfig) -> MachineConfig {
     let mut config = MachineConfig::for_image(guest.image);
     config.engine = engine;
-    config.cpus = if guest.name == "smp" { 2 } else { 1 };
+    config.cpus = if matches!(guest.name, "smp" | "hatchling") { 2 } else { 1 };
     config
 }
 
@@ -39,6 +39,7 @@ fn in_virtual_time() {
     for guest in ALL.iter().filter(|g| g.name != "smp") {
         let mut config = config(guest, EngineConfig::Soft);
         config.clock = ClockSource::Virtual;
+        config.cpus = 1;
         assert_passes(guest, &config);
     }
 }

@@ -1,7 +1,9 @@
 //! VMREAD and VMWRITE: which fields there are, which may be written, and how an operand of 64 bits meets a field's width
 //! ("VMREAD" and "VMWRITE", SDM volume 3; the fields' conditions are appendix B's).
 
-use x86defs::vmx::{entry_ctl, exit_ctl, insn_error, misc_cap, pin, primary, secondary, vm_function};
+use x86defs::vmx::{
+    entry_ctl, ept_vpid_cap, exit_ctl, insn_error, misc_cap, pin, primary, secondary, vm_function,
+};
 
 use crate::caps::{Capabilities, Word};
 use crate::encoding::{Area, Encoding};
@@ -10,13 +12,17 @@ use crate::field::{COUNT, FIELDS, Field, Vmcs};
 /// Fields in words of the bitmap.
 const BITMAP: usize = COUNT.div_ceil(64);
 
-/// What VMREAD and VMWRITE allow, made once from [`Capabilities`].
+/// What VMREAD and VMWRITE allow, and which of the invalidations exist, made once from [`Capabilities`].
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Access {
     /// One bit for each field there is.
     supported: [u64; BITMAP],
     /// VMWRITE may write VM-exit information fields.
     write_any: bool,
+    /// INVEPT exists.
+    pub invept: bool,
+    /// INVVPID exists.
+    pub invvpid: bool,
 }
 
 impl Default for Access {
@@ -32,7 +38,12 @@ impl Access {
         for field in FIELDS.iter().map(|info| info.field).filter(|&field| is_implied(caps, field)) {
             supported[field as usize / 64] |= 1 << (field as usize % 64);
         }
-        Self { supported, write_any: caps.has_misc(misc_cap::VMWRITE_ANY_FIELD) }
+        Self {
+            supported,
+            write_any: caps.has_misc(misc_cap::VMWRITE_ANY_FIELD),
+            invept: caps.ept_vpid() & ept_vpid_cap::INVEPT != 0,
+            invvpid: caps.ept_vpid() & ept_vpid_cap::INVVPID != 0,
+        }
     }
 
     /// The processor has this field.

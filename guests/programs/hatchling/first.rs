@@ -139,7 +139,6 @@ fn guest_state(region: u64) {
             "pop rax",
             "mov rbx, dr7",
             "mov rcx, cr0",
-            "mov rdx, cr3",
             "mov rsi, cr4",
             "mov edi, ds",
             "sub rsp, 16",
@@ -164,7 +163,6 @@ fn guest_state(region: u64) {
     Want::instruction(reason::VMCALL, 3).anywhere().run("guest state: L2 runs to its VMCALL", &mut vm);
     equal("entry loads DR7", vm.regs.rbx, 0x455);
     equal("L2's CR0", vm.regs.rcx, vmread(f::CR0_SHADOW));
-    equal("L2's CR3", vm.regs.rdx, vmread(f::GUEST_CR3));
     equal("L2's CR4", vm.regs.rsi, vmread(f::GUEST_CR4));
     equal("L2's DS", vm.regs.rdi, tables::DATA.into());
     equal("L2's GDTR base", vm.regs.r8, vmread(f::GUEST_GDTR_BASE));

@@ -141,13 +141,14 @@ impl Vm {
         true
     }
 
-    /// Clears controls; false if one of them must be 1.
+    /// Clears controls; false if one of them must be 1, and is left so.
     pub fn unset(&mut self, controls: &[Control]) -> bool {
-        controls.iter().all(|control| {
+        let clearable = |control: &&Control| control.clearable();
+        for control in controls.iter().filter(clearable) {
             let field = control.group.field();
             vmwrite(field, vmread(field) & !u64::from(control.mask));
-            control.clearable()
-        })
+        }
+        controls.iter().all(|control| control.clearable())
     }
 
     /// Sets controls; if one is missing, reports the case as skipped and returns false.

@@ -294,6 +294,11 @@ fn vmcall(cpu: &mut Cpu, cold: &Cold) -> Exec {
 
 /// INVEPT and INVVPID.
 fn invalidate(cpu: &mut Cpu, cold: &Cold, reason: u32) -> Exec {
+    let access = &cpu.vmx.access;
+    let offered = if reason == reason::INVEPT { access.invept } else { access.invvpid };
+    if !offered {
+        return Err(cpu.raise(Fault::ud()));
+    }
     cpu.vmx_checks(&cold.insn, reason)?;
     let kind = cpu.read_register(cold.insn.op0_register());
     let exists = if reason == reason::INVEPT { matches!(kind, 1 | 2) } else { kind <= 3 };

@@ -377,3 +377,23 @@ fn vmcs_shadowing() {
     m.run();
     assert_eq!(status(&m), rflags::CF);
 }
+
+#[test]
+fn an_invalidation_that_is_not_offered_is_undefined() {
+    let programs: [(u32, Program); 2] = [
+        (reason::INVEPT, |a| a.invept(rax, xmmword_ptr(rsi)).unwrap()),
+        (reason::INVVPID, |a| a.invvpid(rax, xmmword_ptr(rsi)).unwrap()),
+    ];
+    for (why, program) in programs {
+        let without = |mut m: Machine| {
+            m.cpu.vmx.access.invept &= why != reason::INVEPT;
+            m.cpu.vmx.access.invvpid &= why != reason::INVVPID;
+            m
+        };
+        assert_eq!(vector_of(without(root()), program), UD);
+        // Before the privilege level and before the VM exit.
+        assert_eq!(vector_of(without(root().user()), program), UD);
+        assert_eq!(vector_of(without(crate::guest::long(crate::guest::primary(0))), program), UD);
+        assert_eq!(exit_of(&mut crate::guest::long(crate::guest::primary(0)), program).reason, why);
+    }
+}
