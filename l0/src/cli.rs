@@ -114,7 +114,8 @@ struct RunArgs {
     #[arg(long, help_heading = "The machine")]
     no_rng: bool,
 
-    /// What executes the guest: soft (the software CPU), kvm (the host's KVM), auto (whichever is faster here)
+    /// What executes the guest: soft (the software CPU; soft,interpreter: without
+    /// translating guest code), kvm (the host's KVM), auto (whichever is faster here)
     #[arg(long, value_enum, value_name = "ENGINE", default_value = "auto", hide_possible_values = true)]
     #[arg(help_heading = "How to run it")]
     engine: EngineConfig,

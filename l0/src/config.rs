@@ -109,6 +109,9 @@ pub enum EngineConfig {
     Auto,
     /// The software CPU.
     Soft,
+    /// The software CPU without its translator.
+    #[value(name = "soft,interpreter")]
+    SoftInterpreter,
     /// The host's KVM.
     Kvm,
 }

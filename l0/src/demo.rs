@@ -157,7 +157,7 @@ enum Detail {
 fn print_run(out: &mut dyn Write, engine: EngineConfig, run: &GuestRun, detail: Detail) {
     let name = match engine {
         EngineConfig::Kvm => "kvm ",
-        EngineConfig::Soft | EngineConfig::Auto => "soft",
+        EngineConfig::Soft | EngineConfig::SoftInterpreter | EngineConfig::Auto => "soft",
     };
     let (pass, fail, skip) =
         (run.lines("PASS").count(), run.lines("FAIL").count(), run.lines("SKIP").count());
@@ -170,7 +170,7 @@ fn print_run(out: &mut dyn Write, engine: EngineConfig, run: &GuestRun, detail: 
     }
     let speed = match engine {
         EngineConfig::Kvm => format!("; {} instructions finished in the software CPU", run.instructions),
-        EngineConfig::Soft | EngineConfig::Auto => {
+        EngineConfig::Soft | EngineConfig::SoftInterpreter | EngineConfig::Auto => {
             format!("; {:.1} million instructions", run.instructions as f64 / 1e6)
         }
     };

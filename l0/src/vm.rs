@@ -224,6 +224,7 @@ impl Machine {
         let attention = Arc::clone(&signal.attention);
         let mut cpu =
             Cpu::new(Arc::clone(physical), Box::new(bus), Arc::clone(model), attention, index as u32);
+        cpu.set_translate(config.engine != EngineConfig::SoftInterpreter);
         cpu.state.activity = Activity::WaitForSipi;
         leave_as_firmware(&mut cpu.state, vmx.is_some());
         cpu.state_changed();
@@ -351,7 +352,7 @@ fn start_trace(path: &Path, config: &MachineConfig, clock: &Arc<Clock>) -> Resul
 /// Opens KVM if it is to be the engine.
 fn open_engine(config: &MachineConfig) -> Result<Option<KvmHost>, RunError> {
     match config.engine {
-        EngineConfig::Soft => Ok(None),
+        EngineConfig::Soft | EngineConfig::SoftInterpreter => Ok(None),
         EngineConfig::Kvm if config.clock == ClockSource::Virtual => Err(RunError::VirtualClockKvm),
         EngineConfig::Kvm => Ok(Some(KvmHost::open()?)),
         EngineConfig::Auto if config.clock == ClockSource::Virtual => Ok(None),

@@ -177,7 +177,11 @@ impl Cpu {
 
     /// Turns the translator on or off.
     pub fn set_translate(&mut self, on: bool) {
-        if on { self.translate_after(TRANSLATE_AFTER) } else { self.translator = None }
+        if on {
+            self.translate_after(threshold_from_environment().unwrap_or(TRANSLATE_AFTER));
+        } else {
+            self.translator = None;
+        }
     }
 
     /// What an address's code in the jump cache depends on besides the address (JIT-3).
