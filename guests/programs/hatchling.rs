@@ -51,6 +51,8 @@ mod exceptions;
 mod fields;
 #[path = "hatchling/first.rs"]
 mod first;
+#[path = "hatchling/host32.rs"]
+mod host32;
 #[path = "hatchling/injection.rs"]
 mod injection;
 #[path = "hatchling/instructions.rs"]
@@ -93,6 +95,7 @@ extern "C" fn guest_main() {
     }
     user::map_window();
     capabilities::before_vmxon();
+    host32::all();
     match vmx::on() {
         Ok(vmxon_region) => in_vmx_operation(vmxon_region),
         Err(failure) => abort(format_args!("VMXON: {failure}")),
