@@ -11,10 +11,11 @@ use crate::devices::MachineEvent;
 use crate::doctor;
 use crate::engine::kvm::KvmHost;
 use crate::error::RunError;
+use crate::stats::Statistics;
 use crate::vm::Machine;
 
 /// What `demo` shows if no guest is named.
-const SHOWCASE: [&str; 4] = ["hello", "faults", "paging", "compute"];
+const SHOWCASE: [&str; 5] = ["hello", "faults", "paging", "compute", "hatchling"];
 
 /// What became of one guest on one engine.
 pub struct GuestRun {
@@ -28,6 +29,8 @@ pub struct GuestRun {
     pub seconds: f64,
     /// Instructions by the software CPU.
     pub instructions: u64,
+    /// What the levels of virtualization did, if they were counted.
+    pub statistics: Option<Statistics>,
 }
 
 impl GuestRun {
@@ -58,6 +61,7 @@ pub fn run_guest(guest: &Guest, config: &MachineConfig) -> Result<GuestRun, RunE
         crash: outcome.crash.map(|c| c.to_string()),
         seconds,
         instructions: outcome.instructions,
+        statistics: outcome.statistics,
     })
 }
 
@@ -95,6 +99,7 @@ pub fn run(names: &[String], quiet: bool, out: &mut dyn Write) -> Result<bool, R
             let mut config = MachineConfig::for_image(guest.image);
             config.engine = engine;
             config.cpus = cpus_for(guest);
+            config.stats = true;
             let run = run_guest(guest, &config)?;
             let used = (engine == EngineConfig::Kvm) == (chosen == doctor::Chosen::Kvm);
             all_passed &= run.passed() || !used;
@@ -185,12 +190,22 @@ fn print_run(out: &mut dyn Write, engine: EngineConfig, run: &GuestRun, detail: 
             say(out, format_args!("          {line}\n"));
         }
     }
+    if let (Detail::Everything, Some(text)) = (detail, run.statistics.as_ref().and_then(levels)) {
+        say(out, format_args!("          {text}\n"));
+    }
     if detail == Detail::Count && fail > 0 {
         say(out, format_args!("          --engine auto does not take kvm here, see turtles doctor\n"));
     }
     if let Some(crash) = &run.crash {
         say(out, format_args!("{crash}\n"));
     }
+}
+
+/// What a guest hypervisor cost, if there was one.
+fn levels(statistics: &Statistics) -> Option<String> {
+    let each = statistics.multiplication()?;
+    let exits = statistics.exits();
+    Some(format!("all in all {exits} exits of L2, {each:.2} entries to L0 for each (multiplication)"))
 }
 
 /// The demo's own output; nobody is left to tell if it cannot be written.

@@ -224,7 +224,7 @@ fn feature_control() {
         let region = vmx::region();
         faulted(name, &probe!(["vmxon [{p}]"], p = in(reg) &region), trap::GP, 0, 0);
     } else {
-        skip(name, "unlocked IA32_FEATURE_CONTROL: the firmware has locked it");
+        skip(name, "unlocked IA32_FEATURE_CONTROL (firmware locks it)");
     }
     check!("IA32_FEATURE_CONTROL allows VMX", vmx::open_feature_control(), "{before:#x}");
     let value = rdmsr(vmx::MSR_FEATURE_CONTROL);
