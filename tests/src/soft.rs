@@ -243,7 +243,11 @@ impl Soft {
 
 fn new_cpu(memory: &Arc<PhysMemory>) -> Cpu {
     let model = Arc::new(CpuModel::default());
-    Cpu::new(Arc::clone(memory), Box::new(NoDevices), model, Arc::new(Attention::default()), 0)
+    let attention = Arc::new(Attention::default());
+    let mut cpu = Cpu::new(Arc::clone(memory), Box::new(NoDevices), model, attention, 0);
+    // What runs in one go is translated at once; single steps are the interpreter's.
+    cpu.translate_after(0);
+    cpu
 }
 
 fn flat(selector: u16, access: u32) -> Segment {
