@@ -219,8 +219,10 @@ features! {
     XSAVE "XSAVE" 1 0 Ecx 26;
     AVX "AVX" 1 0 Ecx 28;
     FSGSBASE "FSGSBASE" 7 0 Ebx 0;
+    SGX "SGX" 7 0 Ebx 2;
     SMEP "SMEP" 7 0 Ebx 7;
     INVPCID "INVPCID" 7 0 Ebx 10;
+    RTM "RTM" 7 0 Ebx 11;
     SMAP "SMAP" 7 0 Ebx 20;
     UMIP "UMIP" 7 0 Ecx 2;
     PKU "PKU" 7 0 Ecx 3;

@@ -221,14 +221,11 @@ fn ept_pointers() {
     let mut vm = Vm::fresh(l2!([]));
     vm.set(&[ENABLE_EPT]);
     ept();
-    for (what, pointer) in bad_pointers(vmread(f::EPT_POINTER)) {
+    for (rule, pointer) in bad_pointers(vmread(f::EPT_POINTER)) {
         vmwrite(f::EPT_POINTER, pointer);
         let found = vm.enter().map(drop);
-        if found != Err(Failure::Valid(7)) {
-            return fail(name, format_args!("{what}: {found:?}, wanted error 7"));
-        }
+        rt::check!(rule, found == Err(Failure::Valid(7)), "{found:?}, wanted error 7");
     }
-    pass(name);
 }
 
 const EPT_FEATURES: &[Case] = entry_cases! {

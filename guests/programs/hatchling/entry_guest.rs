@@ -34,7 +34,21 @@ pub fn all() {
     }
     check_all(ACTIVITY, Fails::Guest(0));
     check_all(LINK_POINTER, Fails::Guest(4));
+    if !cpu::SGX.present() {
+        check_all(WITHOUT_SGX, Fails::Guest(0));
+    }
+    if !cpu::RTM.present() {
+        check_all(WITHOUT_RTM, Fails::Guest(0));
+    }
 }
+
+const WITHOUT_SGX: &[Case] = entry_cases! {
+    InterruptibilityEnclave [] nothing => || interruptibility(1 << 4);
+};
+
+const WITHOUT_RTM: &[Case] = entry_cases! {
+    PendingDebugRtm [] nothing => || vmwrite(f::GUEST_PENDING_DEBUG, 1 << 16 | 1 << 12);
+};
 
 const CONTROL_REGISTERS: &[Case] = entry_cases! {
     GuestCr0 [] nothing => || clear(f::GUEST_CR0, cpu::CR0_NE);

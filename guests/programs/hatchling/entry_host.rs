@@ -3,9 +3,10 @@
 use crate::entry::{Case, Fails, check, check_all, clear, nothing, set, wide};
 use crate::entry_cases;
 use rt::cpu::{self, MSR_EFER, rdmsr};
+use rt::l2;
 use rt::vmx::capability as cap;
 use rt::vmx::control::*;
-use rt::vmx::{CR4_VMXE, field as f, vmwrite};
+use rt::vmx::{CR4_VMXE, Failure, Vm, field as f, insn, vmwrite};
 
 const WILD: u64 = 0x8000_0000_0000;
 
@@ -14,6 +15,21 @@ pub fn all() {
     check_all(SEGMENTS, Fails::Host);
     check_all(MODES, Fails::Host);
     fixed_bits();
+    instruction_pointer();
+}
+
+/// Each entry through the runtime sets HOST_RIP, so this one goes without.
+fn instruction_pointer() {
+    for wild in [WILD, 1 << 63] {
+        let _vm = Vm::fresh(l2!([]));
+        vmwrite(f::HOST_RIP, wild);
+        let found = insn::vmlaunch();
+        rt::check!(
+            "HostRipCanonical",
+            found == Err(Failure::Valid(8)),
+            "{wild:#x}: {found:?}, wanted error 8"
+        );
+    }
 }
 
 const REGISTERS: &[Case] = entry_cases! {

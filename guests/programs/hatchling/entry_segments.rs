@@ -136,7 +136,7 @@ const SYSTEM: &[Case] = entry_cases! {
     };
     GuestTableGranularityPages [] nothing => || vmwrite(f::GUEST_TR_LIMIT, 0x0010_0067);
     GuestTableGranularityPages [] usable => || vmwrite(f::GUEST_LDTR_LIMIT, 0x0020_0fff);
-    GuestTrUnusable [] nothing => || set(f::GUEST_TR_ACCESS, UNUSABLE);
+    GuestTrUsable [] nothing => || set(f::GUEST_TR_ACCESS, UNUSABLE);
 };
 
 const VIRTUAL_8086: &[Case] = entry_cases! {
@@ -147,6 +147,12 @@ const VIRTUAL_8086: &[Case] = entry_cases! {
     GuestV86Access [] modes::virtual_8086 => || vmwrite(f::GUEST_DS_ACCESS, 0x93);
     GuestV86Access [] modes::virtual_8086 => || vmwrite(f::GUEST_CS_ACCESS, 0xfb);
 };
+
+/// Real mode with a data segment in CS, as after reset.
+fn data_in_cs() {
+    modes::real_mode();
+    rights(Segment::Cs, 0x93);
+}
 
 /// Odd but legal states as the neighbours of something broken: conforming code, expand-down and null segments.
 const LEGAL: &[Case] = entry_cases! {
@@ -161,6 +167,7 @@ const LEGAL: &[Case] = entry_cases! {
         rights(Segment::Ds, UNUSABLE);
         vmwrite(f::GUEST_DS_BASE, 1 << 40);
     } => || rights(Segment::Ds, DATA_RIGHTS);
+    GuestCsDplData [ENABLE_EPT, UNRESTRICTED_GUEST] data_in_cs => || set(f::GUEST_CS_ACCESS, 3 << 5);
     GuestSsDplReal [ENABLE_EPT, UNRESTRICTED_GUEST] modes::real_mode => || set(f::GUEST_SS_ACCESS, 3 << 5);
     GuestPagingWithoutProtection [ENABLE_EPT, UNRESTRICTED_GUEST] modes::real_mode => || set(f::GUEST_CR0, 1 << 31);
     GuestRflagsVm [ENABLE_EPT, UNRESTRICTED_GUEST] modes::real_mode => || set(f::GUEST_RFLAGS, 1 << 17);

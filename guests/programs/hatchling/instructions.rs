@@ -337,19 +337,19 @@ pub fn bad_pointers(good: u64) -> impl Iterator<Item = (&'static str, u64)> {
     let value = cap::ept_vpid();
     let walk = good & !(7 << 3);
     [
-        ("memory type 1", Some(good & !7 | 1)),
-        ("memory type 7", Some(good & !7 | 7)),
-        ("memory type 0 (UC) not supported", (value & cap::EPT_UC == 0).then_some(good & !7)),
-        ("walk length 3", Some(walk | 2 << 3)),
-        ("walk length 6", Some(walk | 5 << 3)),
+        ("EptpMemoryType: 1", Some(good & !7 | 1)),
+        ("EptpMemoryType: 7", Some(good & !7 | 7)),
+        ("EptpMemoryType: UC where it is not offered", (value & cap::EPT_UC == 0).then_some(good & !7)),
+        ("EptpWalkLength: 3", Some(walk | 2 << 3)),
+        ("EptpWalkLength: 6", Some(walk | 5 << 3)),
         (
-            "accessed and dirty flags not supported",
+            "EptpAccessedDirty: where they are not offered",
             (value & cap::EPT_ACCESSED_DIRTY == 0).then_some(good | 1 << 6),
         ),
-        ("bit 8", Some(good | 1 << 8)),
-        ("bit 11", Some(good | 1 << 11)),
-        ("an address beyond the physical-address width", (width < 52).then_some(good | 1 << width)),
-        ("bit 63", Some(good | 1 << 63)),
+        ("EptpReserved: bit 8", Some(good | 1 << 8)),
+        ("EptpReserved: bit 11", Some(good | 1 << 11)),
+        ("EptpReserved: beyond the physical-address width", (width < 52).then_some(good | 1 << width)),
+        ("EptpReserved: bit 63", Some(good | 1 << 63)),
     ]
     .into_iter()
     .filter_map(|(what, pointer)| Some((what, pointer?)))
