@@ -116,6 +116,9 @@ pub(crate) fn key(physical: u64, code_bits: u32) -> u64 {
 /// Slots that a block may be in: with one, pairs of blocks that a loop runs through would throw each other out for ever.
 const WAYS: usize = 4;
 
+/// Blocks that are forgotten one by one; more are forgotten by emptying the whole table.
+const FEW: usize = 1024;
+
 /// The first of a block's slots.
 #[inline(always)]
 fn slot(key: u64) -> usize {
@@ -131,6 +134,8 @@ pub struct BlockCache {
     cold: Box<[Cold]>,
     cold_used: usize,
     generation: u64,
+    /// First slots of the blocks inserted since everything was forgotten, as long as they are few.
+    inserted: Vec<u32>,
 }
 
 // SAFETY: the raw pointers name `CodePage`s, which are shared between threads by design and kept alive by the memory.
@@ -152,6 +157,7 @@ impl Default for BlockCache {
             cold: vec![cold; COLD_CAPACITY].into_boxed_slice(),
             cold_used: 0,
             generation: 1,
+            inserted: Vec::with_capacity(FEW),
         }
     }
 }
@@ -199,7 +205,15 @@ impl BlockCache {
 
     /// Forgets every block.
     pub(crate) fn clear(&mut self) {
-        self.slots.fill(EMPTY);
+        // An engine that comes and goes forgets often, after few blocks.
+        if self.inserted.len() < FEW {
+            for &first in &self.inserted {
+                self.slots[first as usize..][..WAYS].fill(EMPTY);
+            }
+        } else {
+            self.slots.fill(EMPTY);
+        }
+        self.inserted.clear();
         self.used = 0;
         self.cold_used = 0;
         self.generation += 1;
@@ -211,7 +225,11 @@ impl BlockCache {
         self.ops[self.used..self.used + ops.len()].copy_from_slice(ops);
         self.used += ops.len();
         // The latest comes first; of those behind it, what it replaces or else the oldest goes.
-        let ways = &mut self.slots[slot(block.key)..][..WAYS];
+        let first = slot(block.key);
+        if self.inserted.len() < FEW {
+            self.inserted.push(first as u32);
+        }
+        let ways = &mut self.slots[first..][..WAYS];
         let gone = ways.iter().position(|way| way.key == block.key).unwrap_or(WAYS - 1);
         ways[..=gone].rotate_right(1);
         ways[0] = block;
