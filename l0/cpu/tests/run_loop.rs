@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use iced_x86::BlockEncoderOptions;
 use iced_x86::code_asm::*;
 use turtles_cpu::attention::Attention;
 use turtles_cpu::bus::{Bus, MsrRefused};
@@ -10,13 +11,16 @@ use turtles_cpu::phys::{PhysMemory, RamRange};
 use turtles_cpu::state::{CpuState, Seg, Segment, reg};
 use turtles_cpu::{Cpu, Exit};
 
-struct Nothing;
+/// No device but one: a write where no RAM is asks for attention, as an interrupt would.
+struct Nothing(Arc<Attention>);
 
 impl Bus for Nothing {
     fn mmio_read(&mut self, _: u64, data: &mut [u8]) {
         data.fill(0xff);
     }
-    fn mmio_write(&mut self, _: u64, _: &[u8]) {}
+    fn mmio_write(&mut self, _: u64, _: &[u8]) {
+        self.0.raise(Attention::CANCEL);
+    }
     fn port_read(&mut self, _: u16, data: &mut [u8]) {
         data.fill(0xff);
     }
@@ -51,7 +55,9 @@ fn real_mode(code: CodeAssembler) -> Cpu {
     let memory = unsafe { PhysMemory::new(vec![range], Box::new(())) };
     memory.write(0x1000, &bytes);
     let model = Arc::new(CpuModel::default());
-    let mut cpu = Cpu::new(Arc::new(memory), Box::new(Nothing), model, Arc::new(Attention::default()), 0);
+    let attention = Arc::new(Attention::default());
+    let bus = Nothing(Arc::clone(&attention));
+    let mut cpu = Cpu::new(Arc::new(memory), Box::new(bus), model, attention, 0);
     cpu.state = CpuState::reset();
     *cpu.state.seg_mut(Seg::Cs) = Segment { access: 0x9b, ..Segment::real(0) };
     cpu.state.rip = 0x1000;
@@ -99,4 +105,27 @@ fn a_store_into_the_running_block_takes_effect_at_once() {
     let mut cpu = real_mode(a);
     assert_eq!(cpu.run(20), Exit::Budget);
     assert_eq!(cpu.state.gpr.get(reg::RBX) & 0xff, 0x55);
+}
+
+/// A loop that gives a lock up only across its PAUSE, as firmware does that waits for other processors.
+#[test]
+fn interrupts_are_taken_after_pause() {
+    let mut a = CodeAssembler::new(16).unwrap();
+    a.mov(ax, 0xf000).unwrap();
+    a.mov(ds, ax).unwrap();
+    let mut top = a.create_label();
+    a.jmp(top).unwrap();
+    a.set_label(&mut top).unwrap();
+    a.inc(bx).unwrap();
+    a.mov(byte_ptr(0xf000), 0).unwrap();
+    a.pause().unwrap();
+    let mut after = a.create_label();
+    a.set_label(&mut after).unwrap();
+    a.inc(cx).unwrap();
+    a.jmp(top).unwrap();
+    let rip = a.assemble_options(0x1000, BlockEncoderOptions::RETURN_NEW_INSTRUCTION_OFFSETS).unwrap();
+    let rip = rip.label_ip(&after).unwrap();
+    let mut cpu = real_mode(a);
+    assert_eq!(cpu.run(100), Exit::Attention);
+    assert_eq!((cpu.state.rip, cpu.state.gpr.get(reg::RBX), cpu.state.gpr.get(reg::RCX)), (rip, 1, 0));
 }

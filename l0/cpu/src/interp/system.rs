@@ -36,16 +36,13 @@ pub(crate) fn lower(insn: &Instruction) -> Option<ColdHandler> {
     })
 }
 
-/// False for those that a block may go on after.
+/// False for those that a block may go on after. PAUSE ends one: where a loop gives a lock up only across its PAUSE (firmware that waits for other processors does),
+/// interrupts have to be taken there too. Taken at the loop's start alone, they would always find the lock held, and a
+/// hypervisor that runs two virtual CPUs in turns would never see the other one get it.
 pub(crate) fn ends_block(insn: &Instruction) -> bool {
     !matches!(
         insn.mnemonic(),
-        Mnemonic::Clflush
-            | Mnemonic::Clflushopt
-            | Mnemonic::Clwb
-            | Mnemonic::Rdpid
-            | Mnemonic::Rdpkru
-            | Mnemonic::Pause
+        Mnemonic::Clflush | Mnemonic::Clflushopt | Mnemonic::Clwb | Mnemonic::Rdpid | Mnemonic::Rdpkru
     )
 }
 
