@@ -102,7 +102,7 @@ fn survivors() {
     equal("L1's FS base", cpu::rdmsr(cpu::MSR_FS_BASE), 0);
 }
 
-/// Everything may be read and executed; the playground and L2's stack may be written.
+/// Everything may be read and executed; the playground may be written.
 fn safe_ept() -> Ept {
     let ept = Ept::identity();
     for gib in 0..4 {
@@ -113,9 +113,6 @@ fn safe_ept() -> Ept {
     }
     for page in 0..PAGES {
         ept.permit(PLAYGROUND + page * PAGE, ept::RWX);
-    }
-    for page in 0..6 {
-        ept.permit((vmx::vm::stack_top() & !(PAGE - 1)) - page * PAGE, ept::R | ept::W);
     }
     ept
 }
@@ -143,7 +140,7 @@ fn round(random: &mut Random, safe: Ept) -> Option<u32> {
         let control = control::ALL[random.below(control::ALL.len() as u64) as usize];
         flip(control);
     }
-    vmwrite(f::GUEST_RSP, vmx::vm::stack_top() - 0x400);
+    vmwrite(f::GUEST_RSP, random.page() + 0x800);
     usual_suspects(random);
     vm.regs.rsi = random.page();
     vm.regs.rdi = random.page();
