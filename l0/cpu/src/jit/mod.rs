@@ -186,7 +186,7 @@ impl Cpu {
 
     /// What an address's code in the jump cache depends on besides the address (JIT-3).
     fn jump_key(&self) -> u64 {
-        self.tlb.fetch_epoch << 1 | u64::from(self.state.cpl == 3)
+        self.tlb.fetch_epoch() << 1 | u64::from(self.state.cpl == 3)
     }
 
     /// The translation of the block at RIP, made now if it has become hot; none if the interpreter is to execute it.
@@ -225,7 +225,7 @@ impl Cpu {
         let Some(translator) = self.translator.as_deref_mut() else { return Ok(()) };
         let gate = translator.gate;
         let rip = self.state.rip;
-        let key = self.tlb.fetch_epoch << 1 | u64::from(self.state.cpl == 3);
+        let key = self.tlb.fetch_epoch() << 1 | u64::from(self.state.cpl == 3);
         translator.remember(rip, key, entry.code);
         self.jit.key = key;
         // The others are done with once seen, and may be set anew.

@@ -149,6 +149,8 @@ pub struct Regime {
 /// The translations of one address space.
 pub struct Space {
     tag: SpaceTag,
+    /// See [`Tlb::fetch_epoch`].
+    epoch: u64,
     regime: Regime,
     used: u64,
     data: [DataTable; 4],
@@ -165,6 +167,7 @@ impl Space {
     fn new() -> Box<Self> {
         Box::new(Self {
             tag: SpaceTag::default(),
+            epoch: 0,
             regime: Regime::default(),
             used: 0,
             data: [const { DataTable::NEW }; 4],
@@ -240,13 +243,20 @@ pub struct Tlb {
     spaces: Vec<Box<Space>>,
     current: usize,
     clock: u64,
-    /// Counts everything that may end the validity of a fetch translation; block chains remember it.
-    pub(crate) fetch_epoch: u64,
+    /// The current space's epoch.
+    fetch_epoch: u64,
+    last_epoch: u64,
 }
 
 impl Default for Tlb {
     fn default() -> Self {
-        Self { spaces: (0..SPACES).map(|_| Space::new()).collect(), current: 0, clock: 0, fetch_epoch: 0 }
+        Self {
+            spaces: (0..SPACES).map(|_| Space::new()).collect(),
+            current: 0,
+            clock: 0,
+            fetch_epoch: 0,
+            last_epoch: 0,
+        }
     }
 }
 
@@ -267,21 +277,31 @@ impl Tlb {
     /// under another regime is dropped.
     pub fn switch(&mut self, tag: SpaceTag, regime: Regime) {
         self.clock += 1;
-        self.fetch_epoch += 1;
         let found = self.spaces.iter().position(|s| s.tag == tag && s.used != 0);
         let index = found.unwrap_or_else(|| {
             let oldest = (0..self.spaces.len()).min_by_key(|&i| self.spaces[i].used).unwrap_or(0);
-            self.spaces[oldest].flush();
-            self.spaces[oldest].tag = tag;
+            let space = &mut self.spaces[oldest];
+            space.flush();
+            space.epoch = next(&mut self.last_epoch);
+            space.tag = tag;
             oldest
         });
         let space = &mut self.spaces[index];
         if space.regime != regime {
             space.flush();
+            space.epoch = next(&mut self.last_epoch);
             space.regime = regime;
         }
         space.used = self.clock;
         self.current = index;
+        self.fetch_epoch = space.epoch;
+    }
+
+    /// A number of the current space that changes whenever a fetch translation of it may have ceased to hold, and is no
+    /// other space's; who remembers where code is remembers it.
+    #[inline(always)]
+    pub(crate) fn fetch_epoch(&self) -> u64 {
+        self.fetch_epoch
     }
 
     /// Inserts a data translation.
@@ -306,24 +326,29 @@ impl Tlb {
 
     /// Drops everything, in every space.
     pub fn flush_all(&mut self) {
-        self.fetch_epoch += 1;
-        self.spaces.iter_mut().for_each(|s| s.flush());
+        self.flush_spaces(false, |_| true);
     }
 
     /// Drops everything of spaces that `which` selects; with `keep_global`, global translations stay.
     pub fn flush_spaces(&mut self, keep_global: bool, which: impl Fn(&SpaceTag) -> bool) {
-        self.fetch_epoch += 1;
-        for space in self.spaces.iter_mut().filter(|s| which(&s.tag)) {
-            if keep_global { space.flush_non_global() } else { space.flush() }
+        for space in self.spaces.iter_mut().filter(|s| !s.clean && which(&s.tag)) {
+            if keep_global {
+                space.flush_non_global()
+            } else {
+                space.flush()
+            }
+            space.epoch = next(&mut self.last_epoch);
         }
+        self.fetch_epoch = self.spaces[self.current].epoch;
     }
 
     /// Drops what translates `linear` in spaces that `which` selects.
     pub fn flush_page(&mut self, linear: u64, keep_global: bool, which: impl Fn(&SpaceTag) -> bool) {
-        self.fetch_epoch += 1;
-        for space in self.spaces.iter_mut().filter(|s| which(&s.tag)) {
+        for space in self.spaces.iter_mut().filter(|s| !s.clean && which(&s.tag)) {
             space.flush_page(linear, keep_global);
+            space.epoch = next(&mut self.last_epoch);
         }
+        self.fetch_epoch = self.spaces[self.current].epoch;
     }
 
     /// Drops every fast write translation (CODE-1); reads stay.
@@ -344,6 +369,12 @@ impl Tlb {
     pub fn current_tag(&self) -> SpaceTag {
         self.spaces[self.current].tag
     }
+}
+
+/// A number never given before.
+fn next(last: &mut u64) -> u64 {
+    *last += 1;
+    *last
 }
 
 fn note_large(range: &mut (u64, u64), linear: u64, info: u64) {
