@@ -79,7 +79,11 @@ impl Cpu {
                     Next::Leave(exit) => return exit,
                 }
             }
-            if let Some(translation) = self.find_translation(limit) {
+            // Translated code does not look again at flags that were seen. An interrupt that could have been taken but had
+            // gone may come back: until its flag is down, blocks are interpreted one by one.
+            let settled = attention & Attention::INTERRUPT == 0 || !self.state.system_flag(rflags::IF);
+            let translation = if settled { self.find_translation(limit) } else { None };
+            if let Some(translation) = translation {
                 if let Err(trap) = self.run_translated(translation, limit, attention) {
                     if let Some(exit) = self.take_trap(trap) {
                         return exit;
