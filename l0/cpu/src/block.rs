@@ -39,6 +39,8 @@ pub(crate) struct Block {
     pub heat: u32,
     /// Address of its translation; 0 without.
     pub translation: u64,
+    /// Instructions in its translation, which may go on beyond the block.
+    pub translated: u16,
 }
 
 /// The part of a block that executing it takes: small enough to be returned in registers.
@@ -62,6 +64,7 @@ const EMPTY: Block = Block {
     len: 0,
     heat: 0,
     translation: 0,
+    translated: 0,
 };
 
 impl Block {

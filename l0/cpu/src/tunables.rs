@@ -14,3 +14,8 @@ pub(crate) const CODE_CAPACITY: usize = 32 << 20;
 
 /// Cold parts (56 bytes each: 5.25 MiB); about one instruction in six has one.
 pub(crate) const COLD_CAPACITY: usize = 96 * 1024;
+
+/// Blocks that a translation goes through, and their instructions: a whole loop body, most often. Longer ones are left
+/// by their sides too often to be worth their size.
+pub(crate) const TRACE_BLOCKS: usize = 12;
+pub(crate) const TRACE_INSTRUCTIONS: usize = 128;

@@ -25,7 +25,7 @@ pub(super) const R15: Reg = 15;
 /// Condition codes as encoded.
 pub(super) const EQUAL: u8 = 4;
 pub(super) const NOT_EQUAL: u8 = 5;
-pub(super) const LESS: u8 = 12;
+pub(super) const NEGATIVE: u8 = 8;
 
 /// The two-operand operations by their number in the opcode.
 #[derive(Clone, Copy)]
@@ -195,10 +195,15 @@ impl Assembler {
         if let Ok(short) = u32::try_from(value) {
             self.set32(to, short);
         } else {
-            self.prefix(B8, 0, 0, to);
-            self.code.push(0xb8 | to & 7);
-            self.bytes(&value.to_le_bytes());
+            self.set64(to, value);
         }
+    }
+
+    /// The same in the long form, whatever the value.
+    pub(super) fn set64(&mut self, to: Reg, value: u64) {
+        self.prefix(B8, 0, 0, to);
+        self.code.push(0xb8 | to & 7);
+        self.bytes(&value.to_le_bytes());
     }
 
     pub(super) fn set32(&mut self, to: Reg, value: u32) {
@@ -230,9 +235,14 @@ impl Assembler {
             self.rm(width, &[0x83], alu as u8, mem);
             self.code.push(short as u8);
         } else {
-            self.rm(width, &[0x81], alu as u8, mem);
-            self.imm32(value);
+            self.alu_mem_imm32(width, alu, mem, value);
         }
+    }
+
+    /// The same in the long form, whatever the value.
+    pub(super) fn alu_mem_imm32(&mut self, width: Width, alu: Alu, mem: Mem, value: i32) {
+        self.rm(width, &[0x81], alu as u8, mem);
+        self.imm32(value);
     }
 
     pub(super) fn shr32(&mut self, to: Reg, count: u8) {

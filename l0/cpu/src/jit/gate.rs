@@ -54,12 +54,14 @@ pub(super) const LOOK: u64 = 1;
 /// Added to a [`Trap`]: the instruction at RIP trapped.
 const TRAP: u64 = 0x100;
 /// The same as [`LOOK`], and the jump whose displacement is at the offset in the upper half may be linked.
-pub(super) const LINK: u64 = 2;
+const LINK: u64 = 2;
+/// The same for a jump forwards in the page (JIT-5).
+const LINK_FORWARD: u64 = 3;
 
 /// Why translated code returned.
 pub(super) enum Left {
     Look,
-    Link(usize),
+    Link { site: usize, forward: bool },
     Trap(Trap),
 }
 
@@ -72,28 +74,28 @@ impl Left {
             FAULT => Self::Trap(Trap::Fault),
             AGAIN => Self::Trap(Trap::Again),
             EXIT => Self::Trap(Trap::Exit),
-            LINK => Self::Link((code >> 32) as usize),
+            link @ (LINK | LINK_FORWARD) => {
+                Self::Link { site: (code >> 32) as usize, forward: link == LINK_FORWARD }
+            }
             _ => Self::Look,
         }
     }
 }
 
-/// Where an op stands in its block, as translated code tells [`call_op`]: the block's offset in its page, its
-/// length, and the op's number in it.
+/// The block that an op is in, as translated code tells [`call_op`]: its offset in its page and its length.
 #[derive(Clone, Copy)]
 pub(super) struct Place {
     pub offset: u16,
     pub len: u16,
-    pub number: u8,
 }
 
 impl Place {
     pub(super) fn pack(self) -> u32 {
-        u32::from(self.offset) | u32::from(self.len) << 12 | u32::from(self.number) << 25
+        u32::from(self.offset) | u32::from(self.len) << 12
     }
 
     fn unpack(word: u32) -> Self {
-        Self { offset: (word & 0xfff) as u16, len: (word >> 12 & 0x1fff) as u16, number: (word >> 25) as u8 }
+        Self { offset: (word & 0xfff) as u16, len: (word >> 12) as u16 }
     }
 }
 
@@ -103,7 +105,8 @@ pub(super) struct Gate {
     enter: u64,
     /// Leaves translated code with RAX.
     pub exit: u64,
-    /// Executes the op EAX by its handler, EDX a [`Place`]. Returns RAX: zero, or what to exit with.
+    /// Executes the op EAX by its handler; EDX a [`Place`], ECX the instructions of the trace from it on. Returns RAX:
+    /// zero, or what to exit with.
     pub call_op: u64,
     /// Leaves with [`LOOK`] for the address in RAX.
     pub look_at: u64,
@@ -111,8 +114,9 @@ pub(super) struct Gate {
 
 impl Gate {
     /// What to exit with to have the jump whose displacement is at `site` linked.
-    pub(super) fn link_code(&self, site: u64) -> u64 {
-        LINK | site.wrapping_sub(self.enter) << 32
+    pub(super) fn link_code(&self, site: u64, forward: bool) -> u64 {
+        let link = if forward { LINK_FORWARD } else { LINK };
+        link | site.wrapping_sub(self.enter) << 32
     }
 }
 
@@ -206,21 +210,21 @@ pub(super) unsafe fn enter(cpu: &mut Cpu, gate: Gate, entry: u64) -> Left {
 }
 
 /// Executes the op at `index` of the arena by its handler; see [`Gate::call_op`].
-extern "sysv64" fn call_op(cpu: *mut Cpu, index: u32, place: u32) -> u64 {
+extern "sysv64" fn call_op(cpu: *mut Cpu, index: u32, place: u32, remaining: u32) -> u64 {
     // SAFETY: `enter` was given an exclusive reference, which translated code passes on.
     let cpu = unsafe { &mut *cpu };
     // SAFETY: the translation's ops are in the arena (JIT-2), which nobody writes while a block runs.
     let op: &Op = unsafe { &*cpu.blocks.ops().add(index as usize) };
     let place = Place::unpack(place);
     let base = cpu.jit.page_ip.wrapping_add(u64::from(place.offset));
-    let done = i64::from(place.number);
+    let remaining = i64::from(remaining);
     cpu.state.gpr.raw[(SLOT_BLOCK_IP / 8) as usize] = base;
     cpu.state.rip = base.wrapping_add(u64::from(place.len));
-    cpu.state.instructions = cpu.jit.executed();
+    cpu.state.instructions = cpu.jit.executed().wrapping_sub(remaining as u64);
     cpu.block_end = 1;
     if let Err(trap) = (op.handler)(cpu, op) {
         cpu.state.rip = base.wrapping_add(u64::from(op.at));
-        cpu.jit.left -= done;
+        cpu.jit.left += remaining;
         match trap {
             Trap::Fault if cpu.fault_is_on_stack(op) => cpu.fault.vector = vector::SS,
             Trap::Exit => cpu.vmx.exit.instruction_length = u32::from(op.next.wrapping_sub(op.at)),
@@ -229,12 +233,12 @@ extern "sysv64" fn call_op(cpu: *mut Cpu, index: u32, place: u32) -> u64 {
         return TRAP | trap as u64;
     }
     if op.next == place.len {
-        cpu.jit.left -= done + 1;
+        cpu.jit.left += remaining - 1;
         return LOOK;
     }
     if cpu.block_end == 0 {
         cpu.state.rip = base.wrapping_add(u64::from(op.next));
-        cpu.jit.left -= done + 1;
+        cpu.jit.left += remaining - 1;
         return LOOK;
     }
     if cpu.look_up || cpu.attention.get() != cpu.jit.seen {

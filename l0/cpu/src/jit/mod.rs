@@ -10,16 +10,17 @@
 //! - Only [`crate::exec`]'s ordinary running of blocks enters translations; single steps, breakpoints, shadows and what
 //!   is left of a budget go through the interpreter.
 //!
-//! # Life of a block
-//! 1. The run loop finds a decoded block and counts it; at [`crate::tunables::TRANSLATE_AFTER`] it is decoded again in
-//!    iced's form and lowered ([`lower`]) into code memory. The block's slot then names the code.
+//! # Life of a translation
+//! 1. The run loop finds a decoded block and counts it; at [`crate::tunables::TRANSLATE_AFTER`] the path that begins
+//!    with it ([`trace`]) is decoded again in iced's form and lowered ([`lower`]) into code memory. The block's slot then
+//!    names the code.
 //! 2. The run loop enters the code ([`gate`]). Eleven guest registers are in host registers until it returns; the
 //!    others, and status flags where they are needed, are in [`crate::state::CpuState`].
-//! 3. At its end a block jumps: within its page, to an exit that is patched into a direct jump once the target is
-//!    translated ([`gate::LINK`]); elsewhere through the jump cache, which maps addresses to code.
-//! 4. Every block begins with three checks: enough budget left, the page not written since, nothing asks for attention.
-//!    When one fails it returns to the run loop, which finds out why.
-//! 5. Code goes all at once, between blocks: when its memory is full or the decoder's arena is emptied.
+//! 3. Where it leaves its trace it jumps: within its page, to an exit that is patched into a direct jump once the target
+//!    is translated; elsewhere through the jump cache, which maps addresses to code.
+//! 4. Every translation begins with three checks: the page not written since, nothing asks for attention, enough budget
+//!    left for the whole trace. When one fails it returns to the run loop, which finds out why.
+//! 5. Code goes all at once, between traces: when its memory is full or the decoder's arena is emptied.
 //!
 //! # Invariants
 //! - JIT-1: code is entered only through a block whose page has the version it was translated under: the first
@@ -29,14 +30,17 @@
 //! - JIT-3: a link never leaves its page, so the fetch translation that reached its source holds for its target. What
 //!   leaves the page goes through the jump cache, whose key changes with everything that may end a fetch translation,
 //!   and with the privilege to fetch.
-//! - JIT-4: in translated code `instructions` is `end - left` as of the start of the running block; `left` is taken down
-//!   when a block is left.
+//! - JIT-4: a trace's instructions are taken off `left` when it is entered, and what it did not execute is given back
+//!   where it is left early; `end - left` is the instruction count once the running trace has run whole.
+//! - JIT-5: a jump forwards in its page skips the first two checks: its source passed them, pages' versions only go up,
+//!   and whatever does not end goes backwards or through the jump cache some time.
 //!
 //! Unsafe islands: [`gate`] (entry, calls back) and the code memory.
 
 mod emit;
 mod gate;
 mod lower;
+mod trace;
 
 use crate::Cpu;
 use crate::attention::Attention;
@@ -48,6 +52,7 @@ use crate::trap::Exec;
 use crate::tunables::{CODE_CAPACITY, TRANSLATE_AFTER};
 use emit::Assembler;
 use gate::{Gate, Left};
+use trace::Trace;
 
 /// Entries of the jump cache (a power of two).
 const JUMPS: usize = 4096;
@@ -91,15 +96,16 @@ impl Hot {
         Self { left: 0, end: 0, page_ip: 0, attention, seen: 0, jumps: std::ptr::null(), key: 0, target: 0 }
     }
 
-    /// Instructions executed before the running block.
+    /// Instructions executed once the running trace has run whole.
     fn executed(&self) -> u64 {
         self.end.wrapping_sub(self.left as u64)
     }
 
-    /// Makes the next block return to the run loop.
+    /// Makes the next trace return to the run loop.
     fn expire(&mut self) {
-        self.end = self.executed();
-        self.left = 0;
+        let executed = self.executed();
+        self.left = i64::MIN / 2;
+        self.end = executed.wrapping_add(self.left as u64);
     }
 }
 
@@ -113,6 +119,8 @@ pub(crate) struct Translator {
     threshold: u32,
     /// [`crate::block::BlockCache::generation`] that the translations belong to.
     generation: u64,
+    /// From a translation's start to where jumps forwards in its page enter it (JIT-5); the same for all.
+    forward: u64,
 }
 
 impl Translator {
@@ -124,6 +132,7 @@ impl Translator {
             asm: Assembler::new(),
             threshold,
             generation: 0,
+            forward: 0,
         };
         translator.reset(0);
         Ok(translator)
@@ -205,7 +214,8 @@ impl Cpu {
         let threshold = self.translator.as_ref().map_or(u32::MAX, |t| t.threshold);
         let ticks = self.state.ticks();
         let block = self.blocks.find_mut(key(physical, 64))?;
-        if ticks + u64::from(block.count) > limit {
+        let least = if block.translation == 0 { block.count } else { block.translated };
+        if ticks + u64::from(least) > limit {
             return None;
         }
         if block.translation != 0 {
@@ -216,7 +226,11 @@ impl Cpu {
             return None;
         }
         block.heat = 0;
-        self.translate_block(physical).map(|code| Entry { code })
+        let code = self.translate_trace(physical)?;
+        // It may be longer than the block.
+        let fits =
+            self.blocks.find(key(physical, 64)).is_some_and(|b| ticks + u64::from(b.translated) <= limit);
+        fits.then_some(Entry { code })
     }
 
     /// Executes translated code from the block at RIP on, for at most as many instructions as are left to `limit` ticks.
@@ -241,8 +255,8 @@ impl Cpu {
         match why {
             Left::Look => Ok(()),
             Left::Trap(trap) => Err(trap),
-            Left::Link(site) => {
-                self.link(site);
+            Left::Link { site, forward } => {
+                self.link(site, forward);
                 Ok(())
             }
         }
@@ -250,7 +264,7 @@ impl Cpu {
 
     /// Makes the jump whose displacement is at `site` go to the translation of the block at RIP, if there is one. The
     /// jump has just been taken, within its page.
-    fn link(&mut self, site: usize) {
+    fn link(&mut self, site: usize, forward: bool) {
         if self.look_up {
             return;
         }
@@ -259,38 +273,39 @@ impl Cpu {
         let Some(translator) = self.translator.as_deref_mut() else { return };
         // A translation made just now may have thrown away the code that the site was in.
         if generation == Some(translator.generation) {
-            translator.memory.link(site, entry.code);
+            let past = if forward { translator.forward } else { 0 };
+            translator.memory.link(site, entry.code + past);
         }
     }
 
-    fn translate_block(&mut self, physical: u64) -> Option<u64> {
+    /// Translates the trace that begins with the block at `physical`.
+    fn translate_trace(&mut self, physical: u64) -> Option<u64> {
         let memory = std::sync::Arc::clone(&self.memory);
         let (_, page) = memory.page(physical)?;
         let translator = self.translator.as_deref_mut()?;
         if translator.generation != self.blocks.generation() {
             translator.reset(self.blocks.generation());
         }
-        let block = *self.blocks.find(key(physical, 64))?;
+        let version = self.blocks.find(key(physical, 64))?.version();
         let mut bytes = [0; 4096];
-        let bytes = &mut bytes[..usize::from(block.len)];
-        memory.read(physical, bytes);
-        if page.version() != block.version() {
+        memory.read(physical & !4095, &mut bytes);
+        let trace = Trace::find(&self.blocks, &self.model, physical, &bytes)?;
+        if page.version() != version {
             return None;
         }
         let source = lower::Source {
-            block: block.run(),
-            page_offset: (physical & 4095) as u16,
-            bytes,
+            trace: &trace,
             model: &self.model,
-            ops: self.blocks.block_ops(block.run()),
-            version: (std::ptr::from_ref::<CodePage>(page) as u64, block.version()),
+            version: (std::ptr::from_ref::<CodePage>(page) as u64, version),
         };
         let asm = &mut translator.asm;
         asm.start(translator.memory.next());
-        if !lower::lower(asm, translator.gate, &source) {
+        let Some(forward) = lower::lower(asm, translator.gate, &source) else {
             log::debug!("a block at {physical:#x} could not be translated");
             return None;
-        }
+        };
+        debug_assert!(translator.forward == 0 || translator.forward == forward as u64);
+        translator.forward = forward as u64;
         let Some(code) = translator.memory.append(&translator.asm.code) else {
             self.blocks.clear();
             return None;
@@ -298,6 +313,7 @@ impl Cpu {
         let code = code as u64;
         if let Some(block) = self.blocks.find_mut(key(physical, 64)) {
             block.translation = code;
+            block.translated = trace.insns.len() as u16;
         }
         Some(code)
     }

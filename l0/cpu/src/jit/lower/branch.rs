@@ -6,43 +6,46 @@ use iced_x86::{Instruction, Mnemonic, OpKind};
 
 use super::memory::For;
 use super::registers::number;
-use super::{Aside, Flags, Lowering};
+use super::{Aside, Lowering};
 use crate::Cpu;
 use crate::interp::mov::condition_of;
 use crate::jit::Hot;
-use crate::jit::emit::{Alu, B8, Mem, RAX, RCX, RDX};
+use crate::jit::emit::{B8, Mem, RAX, RCX, RDX};
 use crate::jit::gate::{emit_follow, emit_lookup, field};
+use crate::jit::trace::Follow;
 use crate::state::reg::RSP;
 
 impl Lowering<'_> {
     pub(super) fn branch(&mut self, at: usize, insn: &Instruction) -> bool {
         match insn.mnemonic() {
-            Mnemonic::Jmp if insn.op0_kind() == OpKind::NearBranch64 => self.jump(insn),
+            Mnemonic::Jmp if insn.op0_kind() == OpKind::NearBranch64 => self.jump(at, insn),
             Mnemonic::Call if insn.op0_kind() == OpKind::NearBranch64 => self.call(at, insn),
             Mnemonic::Jmp => self.jump_indirect(at, insn),
             Mnemonic::Call => self.call_indirect(at, insn),
             Mnemonic::Ret => self.ret(at, insn),
-            _ if insn.is_jcc_short_or_near() => return self.jcc(insn),
+            _ if insn.is_jcc_short_or_near() => return self.jcc(at, insn),
             _ => return false,
         }
         true
     }
 
-    /// The block has run whole.
-    fn count_block(&mut self) {
-        let left = field(offset_of!(Cpu, jit) + offset_of!(Hot, left));
-        self.asm.alu_mem_imm(B8, Alu::Sub, left, i32::from(self.source.block.count));
+    fn jump(&mut self, at: usize, insn: &Instruction) {
+        if self.follow(at) == Follow::End {
+            self.clobber_flags();
+            self.go_to(insn.near_branch64() as i64);
+        }
     }
 
-    fn jump(&mut self, insn: &Instruction) {
-        self.clobber_flags();
-        self.count_block();
-        self.go_to(insn.near_branch64() as i64);
+    fn follow(&self, at: usize) -> Follow {
+        self.source.trace.steps[at].follow
     }
 
     /// Goes to an offset from the start of the page; the flags are saved.
     pub(super) fn go_to(&mut self, target: i64) {
         if let Some(target) = in_page(target) {
+            if target == self.source.trace.start() {
+                return self.asm.jump_back(0);
+            }
             self.asm.align_displacement(1);
             let jump = self.asm.jmp();
             self.asides.push(Aside::Link { jump, target });
@@ -59,26 +62,19 @@ impl Lowering<'_> {
         self.asides.push(Aside::LookAtRax { jumps });
     }
 
-    fn jcc(&mut self, insn: &Instruction) -> bool {
+    fn jcc(&mut self, at: usize, insn: &Instruction) -> bool {
         let Some(condition) = condition_of(insn) else { return false };
+        let (target, next) = (insn.near_branch64() as i64, i64::from(insn.next_ip() as u32));
         self.load_flags();
-        self.save_flags();
-        // Counting must leave the flags alone.
-        let left = field(offset_of!(Cpu, jit) + offset_of!(Hot, left));
-        self.asm.load(B8, RCX, left);
-        self.asm.lea(B8, RCX, Mem::at(RCX, -i32::from(self.source.block.count)));
-        self.asm.store(B8, left, RCX);
-        let target = insn.near_branch64() as i64;
-        if let Some(target) = in_page(target) {
-            self.asm.align_displacement(2);
-            let jump = self.asm.jcc(condition);
-            self.asides.push(Aside::Link { jump, target });
-        } else {
-            let jump = self.asm.jcc(condition);
-            self.asides.push(Aside::Far { jump, target });
+        let follow = self.follow(at);
+        let (condition, side) =
+            if follow == Follow::Taken { (condition ^ 1, next) } else { (condition, target) };
+        let jump = self.asm.jcc(condition);
+        self.asides.push(Aside::Side { jump, target: side, done: at + 1, flags: self.flags });
+        if follow == Follow::End {
+            self.clobber_flags();
+            self.go_to(next);
         }
-        self.flags = Flags::Saved;
-        self.go_to(i64::from(insn.next_ip() as u32));
         true
     }
 
@@ -87,7 +83,6 @@ impl Lowering<'_> {
         self.address(RCX, insn.next_ip() as i64);
         self.asm.store(B8, self.operand(), RCX);
         self.write_guest(RSP, RDX);
-        self.count_block();
         self.go_to(insn.near_branch64() as i64);
         self.looked(at, looked);
     }
@@ -108,7 +103,6 @@ impl Lowering<'_> {
     fn jump_indirect(&mut self, at: usize, insn: &Instruction) {
         let miss = self.indirect_target(insn);
         let [rip, key] = emit_lookup(self.asm);
-        self.count_block();
         emit_follow(self.asm);
         self.or_handler(at, [Some(rip), Some(key)]);
         self.or_handler(at, [miss, None]);
@@ -125,7 +119,6 @@ impl Lowering<'_> {
         self.address(RCX, insn.next_ip() as i64);
         self.asm.store(B8, self.operand(), RCX);
         self.write_guest(RSP, RDX);
-        self.count_block();
         self.asm.load(B8, RAX, target);
         self.dispatch();
         self.or_handler(at, [Some(rip), Some(key)]);
@@ -140,23 +133,21 @@ impl Lowering<'_> {
         let rsp = self.guest_in(RSP, RDX);
         self.asm.lea(B8, RDX, Mem::at(rsp, 8 + released));
         self.write_guest(RSP, RDX);
-        self.count_block();
         emit_follow(self.asm);
         self.or_handler(at, [Some(rip), Some(key)]);
         self.looked(at, looked);
     }
 
     /// After the last instruction, where that is not a branch with its own end.
-    pub(super) fn finish(&mut self, insns: &[Instruction]) {
-        let Some(last) = insns.last() else { return };
+    pub(super) fn finish(&mut self) {
+        let Some(last) = self.source.trace.insns.last() else { return };
         use Mnemonic::*;
         let branches = matches!(last.mnemonic(), Jmp | Call | Ret) || last.is_jcc_short_or_near();
         // A handler at the end has returned to the run loop.
-        if !self.is_native(last) || branches {
+        if !self.source.is_native(last) || branches {
             return;
         }
         self.clobber_flags();
-        self.count_block();
         self.go_to(last.next_ip() as i64);
     }
 }

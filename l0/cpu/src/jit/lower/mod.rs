@@ -1,9 +1,9 @@
 //! From a decoded block to host code, one instruction at a time; one file per family, named as in [`crate::interp`].
 //!
-//! Status flags: at the start and the end of a block they are in `CpuState::status`. In between they stay in the host's
-//! flags as long as nothing else changes those ([`Flags`]), and are saved only if something may look at them before they
-//! are overwritten: an instruction that reads them, the handler of any instruction that may fault, or the end of the
-//! block.
+//! Status flags: at the start and at every end of a trace they are in `CpuState::status`. In between they stay in the
+//! host's flags as long as nothing else changes those ([`Flags`]), and are saved only if something may look at them
+//! before they are overwritten: an instruction that reads them, the handler of any instruction that may fault, or an
+//! end of the trace.
 
 mod arith;
 mod branch;
@@ -14,24 +14,20 @@ mod stack;
 
 use std::mem::offset_of;
 
-use iced_x86::{Decoder, Instruction, Mnemonic, OpKind};
+use iced_x86::{Instruction, Mnemonic, OpKind};
 
 use super::Hot;
-use super::emit::{Alu, Assembler, B4, Fixup, LESS, Mem, NOT_EQUAL, RAX, RDX, Width};
-use super::gate::{Gate, Place, field};
+use super::emit::{Alu, Assembler, B4, Fixup, Mem, NEGATIVE, NOT_EQUAL, RAX, RCX, RDX, Width};
+use super::gate::{Gate, field};
+use super::trace::Trace;
 use crate::Cpu;
-use crate::block::Run;
 use crate::cpuid::CpuModel;
-use crate::op::Op;
 use registers::is_native;
 
 /// What is to be translated.
 pub(super) struct Source<'a> {
-    pub block: Run,
-    pub page_offset: u16,
-    pub bytes: &'a [u8],
+    pub trace: &'a Trace,
     pub model: &'a CpuModel,
-    pub ops: &'a [Op],
     /// Address of the page's record and the version it must have.
     pub version: (u64, u32),
 }
@@ -68,12 +64,12 @@ enum Use {
 enum Aside {
     /// The instruction `number` by its handler; then on at `resume` unless it was the last.
     Handler { jumps: [Option<Fixup>; 2], number: usize, resume: usize, flags: Flags },
-    /// Return to the run loop at the block's start.
-    LookAtStart { jumps: [Fixup; 3] },
+    /// Return to the run loop at the trace's start, from before and from after it was counted.
+    LookAtStart { jumps: [Fixup; 2], budget: Fixup },
     /// Return to the run loop for the address in RAX.
     LookAtRax { jumps: [Fixup; 2] },
-    /// The far side of a conditional jump to an offset in the page.
-    Far { jump: Fixup, target: i64 },
+    /// A conditional jump leaves the trace after `done` instructions for an offset from the page's start.
+    Side { jump: Fixup, target: i64, done: usize, flags: Flags },
     /// A jump within the page that is to be linked.
     Link { jump: Fixup, target: u16 },
 }
@@ -84,30 +80,54 @@ pub(super) struct Lowering<'a> {
     source: &'a Source<'a>,
     flags: Flags,
     /// Whether the flags after each instruction matter.
-    live: [bool; crate::block::MAX_BLOCK],
+    live: Vec<bool>,
     asides: Vec<Aside>,
 }
 
-/// Lowers a block into `asm`; false if it could not be.
-pub(super) fn lower(asm: &mut Assembler, gate: Gate, source: &Source) -> bool {
-    let count = usize::from(source.block.count);
-    let options = source.model.decoder_options();
-    let mut decoder = Decoder::with_ip(64, source.bytes, u64::from(source.page_offset), options);
-    let insns: Vec<Instruction> = decoder.iter().take(count).collect();
-    let matches = |(insn, op): (&Instruction, &Op)| insn.ip() == u64::from(source.page_offset + op.at);
-    if insns.len() != count || !insns.iter().zip(source.ops).all(matches) {
-        return false;
-    }
-    let live = [true; crate::block::MAX_BLOCK];
+/// Lowers a trace into `asm`; returns where it is entered without a look at its page and at the attention word
+/// (JIT-5). None if it could not be lowered.
+pub(super) fn lower(asm: &mut Assembler, gate: Gate, source: &Source) -> Option<usize> {
+    let live = live_flags(source);
     let mut lowering = Lowering { asm, gate, source, flags: Flags::Saved, live, asides: Vec::new() };
-    lowering.find_live_flags(&insns);
-    lowering.checks();
-    for (number, insn) in insns.iter().enumerate() {
+    let forward = lowering.checks();
+    for (number, insn) in source.trace.insns.iter().enumerate() {
         lowering.instruction(number, insn);
     }
-    lowering.finish(&insns);
+    lowering.finish();
     lowering.write_asides();
-    !lowering.asm.failed
+    (!lowering.asm.failed).then_some(forward)
+}
+
+/// Whether the flags after each instruction matter: works backwards from the end, where they do.
+fn live_flags(source: &Source) -> Vec<bool> {
+    let insns = &source.trace.insns;
+    let mut after = vec![true; insns.len()];
+    let mut live = true;
+    for (number, insn) in insns.iter().enumerate().rev() {
+        after[number] = live;
+        let used = if source.is_native(insn) { flag_use(insn) } else { Use::Reads };
+        let may_call = (0..insn.op_count()).any(|i| insn.op_kind(i) == OpKind::Memory)
+            && insn.mnemonic() != Mnemonic::Lea
+            || insn.is_stack_instruction();
+        live = match used {
+            _ if may_call => true,
+            Use::Sets => false,
+            Use::None | Use::Changes => live,
+            Use::ReadsAndSets | Use::Reads => true,
+        };
+    }
+    after
+}
+
+/// The instruction has a lowering, and the model has it, so that its handler is more than #UD.
+pub(super) fn has_lowering(model: &CpuModel, insn: &Instruction) -> bool {
+    model.allows(insn) && !insn.is_invalid() && is_native(insn)
+}
+
+impl Source<'_> {
+    fn is_native(&self, insn: &Instruction) -> bool {
+        has_lowering(self.model, insn)
+    }
 }
 
 /// `CpuState::status`.
@@ -116,48 +136,27 @@ fn status() -> Mem {
 }
 
 impl Lowering<'_> {
-    /// Works backwards from the end of the block, where the flags matter.
-    fn find_live_flags(&mut self, insns: &[Instruction]) {
-        let mut live = true;
-        for (number, insn) in insns.iter().enumerate().rev() {
-            self.live[number] = live;
-            let used = if self.is_native(insn) { flag_use(insn) } else { Use::Reads };
-            let may_call = (0..insn.op_count()).any(|i| insn.op_kind(i) == OpKind::Memory)
-                && insn.mnemonic() != Mnemonic::Lea
-                || insn.is_stack_instruction();
-            live = match used {
-                _ if may_call => true,
-                Use::Sets => false,
-                Use::None | Use::Changes => live,
-                Use::ReadsAndSets | Use::Reads => true,
-            };
-        }
-    }
-
-    /// JIT-1, the budget, and whether anything asks for attention.
-    fn checks(&mut self) {
-        let count = i32::from(self.source.block.count);
+    /// JIT-1, whether anything asks for attention, and then the budget.
+    fn checks(&mut self) -> usize {
         let asm = &mut *self.asm;
-        asm.alu_mem_imm(Width::B8, Alu::Cmp, field(offset_of!(Cpu, jit) + offset_of!(Hot, left)), count);
-        let budget = asm.jcc(LESS);
         let (page, version) = self.source.version;
-        asm.set(RAX, page + crate::phys::CodePage::VERSION_OFFSET as u64);
-        asm.alu_mem_imm(B4, Alu::Cmp, Mem::at(RAX, 0), version as i32);
+        asm.set64(RAX, page + crate::phys::CodePage::VERSION_OFFSET as u64);
+        asm.alu_mem_imm32(B4, Alu::Cmp, Mem::at(RAX, 0), version as i32);
         let stale = asm.jcc(NOT_EQUAL);
         asm.load(Width::B8, RAX, field(offset_of!(Cpu, jit) + offset_of!(Hot, attention)));
         asm.load(B4, RAX, Mem::at(RAX, 0));
         asm.alu_load(B4, Alu::Cmp, RAX, field(offset_of!(Cpu, jit) + offset_of!(Hot, seen)));
         let attention = asm.jcc(NOT_EQUAL);
-        self.asides.push(Aside::LookAtStart { jumps: [budget, stale, attention] });
-    }
-
-    /// The model has the instruction, so that its handler is more than #UD.
-    fn is_native(&self, insn: &Instruction) -> bool {
-        self.source.model.allows(insn) && !insn.is_invalid() && is_native(insn)
+        let forward = asm.here();
+        let left = field(offset_of!(Cpu, jit) + offset_of!(Hot, left));
+        asm.alu_mem_imm(Width::B8, Alu::Sub, left, self.source.trace.insns.len() as i32);
+        let budget = asm.jcc(NEGATIVE);
+        self.asides.push(Aside::LookAtStart { jumps: [stale, attention], budget });
+        forward
     }
 
     fn instruction(&mut self, number: usize, insn: &Instruction) {
-        if !self.is_native(insn) {
+        if !self.source.is_native(insn) {
             return self.handler(number);
         }
         let done = self.branch(number, insn)
@@ -169,15 +168,21 @@ impl Lowering<'_> {
         }
     }
 
+    /// The handler returns to the run loop.
     fn is_last(&self, number: usize) -> bool {
-        number + 1 == usize::from(self.source.block.count)
+        self.source.trace.steps[number].last
+    }
+
+    /// Instructions of the trace from `number` on: they were counted at its start.
+    fn remaining(&self, number: usize) -> i32 {
+        (self.source.trace.insns.len() - number) as i32
     }
 
     fn call_op(&mut self, number: usize) {
-        let place =
-            Place { offset: self.source.page_offset, len: self.source.block.len, number: number as u8 };
-        self.asm.set32(RAX, self.source.block.first + number as u32);
-        self.asm.set32(RDX, place.pack());
+        let step = &self.source.trace.steps[number];
+        self.asm.set32(RAX, step.op);
+        self.asm.set32(RDX, step.place.pack());
+        self.asm.set32(RCX, self.remaining(number) as u32);
         self.asm.call_to(self.gate.call_op);
     }
 
@@ -267,17 +272,22 @@ impl Lowering<'_> {
                 }
                 self.asm.jump_back(resume);
             }
-            Aside::LookAtStart { jumps } => {
+            Aside::LookAtStart { jumps, budget } => {
+                self.asm.bind(budget);
+                self.uncount(self.remaining(0));
                 jumps.into_iter().for_each(|jump| self.asm.bind(jump));
-                self.address(RAX, i64::from(self.source.page_offset));
+                self.address(RAX, i64::from(self.source.trace.start()));
                 self.asm.jump_to(self.gate.look_at);
             }
             Aside::LookAtRax { jumps } => {
                 jumps.into_iter().for_each(|jump| self.asm.bind(jump));
                 self.asm.jump_to(self.gate.look_at);
             }
-            Aside::Far { jump, target } => {
+            Aside::Side { jump, target, done, flags } => {
                 self.asm.bind(jump);
+                self.flags = flags;
+                self.clobber_flags();
+                self.uncount(self.remaining(done));
                 self.go_to(target);
             }
             Aside::Link { jump, target } => {
@@ -285,9 +295,18 @@ impl Lowering<'_> {
                 self.address(RAX, i64::from(target));
                 self.asm.store(Width::B8, field(offset_of!(Cpu, state.rip)), RAX);
                 let site = self.asm.address(jump.0);
-                self.asm.set(RAX, self.gate.link_code(site));
+                let forward = target > self.source.trace.start();
+                self.asm.set(RAX, self.gate.link_code(site, forward));
                 self.asm.jump_to(self.gate.exit);
             }
+        }
+    }
+
+    /// That many instructions of the trace are not executed after all. Clobbers the host's flags.
+    fn uncount(&mut self, instructions: i32) {
+        if instructions != 0 {
+            let left = field(offset_of!(Cpu, jit) + offset_of!(Hot, left));
+            self.asm.alu_mem_imm(Width::B8, Alu::Add, left, instructions);
         }
     }
 
