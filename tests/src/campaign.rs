@@ -26,6 +26,8 @@ pub struct Failure {
 #[derive(Debug, Default)]
 pub struct Summary {
     pub compared: u64,
+    /// Instructions of the sequences and programs among them.
+    pub instructions: u64,
     /// Cases left out, by reason.
     pub skipped: BTreeMap<String, u64>,
     pub failures: BTreeMap<(String, Kind), Failure>,
@@ -50,21 +52,32 @@ impl Summary {
     pub fn figures(&self) -> String {
         let skipped: u64 = self.skipped.values().sum();
         let failed: u64 = self.failures.values().map(|f| f.count).sum();
-        format!("{} cases compared, {skipped} skipped, {failed} differ", self.compared)
+        let length = self.instructions;
+        format!(
+            "{} cases compared ({length} instructions), {skipped} skipped, {failed} differ",
+            self.compared
+        )
     }
 }
 
-/// The two executors.
+/// The executors.
 pub struct Campaign {
     native: Native,
+    /// Translates.
     soft: Soft,
+    interpreter: Soft,
     pub summary: Summary,
 }
 
 impl Campaign {
     /// Starts both; an error says why the host cannot be the oracle.
     pub fn new() -> io::Result<Self> {
-        Ok(Self { native: Native::new()?, soft: Soft::new(), summary: Summary::default() })
+        Ok(Self {
+            native: Native::new()?,
+            soft: Soft::new(),
+            interpreter: Soft::interpreter(),
+            summary: Summary::default(),
+        })
     }
 
     /// Runs all cases with these names.
@@ -77,7 +90,7 @@ impl Campaign {
             };
             // The software CPU goes first: it sees every instruction, and code it will not answer for is not
             // executed natively.
-            match self.soft.execute(&case, name.number & 1 == 0 || name.kind == Kind::Mutated) {
+            match self.software(name, &case) {
                 Outcome::Skipped(why) => self.skip(&why),
                 Outcome::Done(done) if self.native.occupies(done.exception.address) => {
                     self.skip("touches memory of the native process");
@@ -89,6 +102,38 @@ impl Campaign {
             }
         }
         self.compare(&mut batch);
+    }
+
+    /// What the software CPU makes of the case. Sequences and programs are executed three times: step by step, by the
+    /// interpreter in one go, translated in one go; all three must agree to the instruction and the bit.
+    fn software(&mut self, name: Name, case: &Case) -> Outcome {
+        if !matches!(name.kind, Kind::Sequence | Kind::Program) {
+            return self.soft.execute(case, name.number & 1 == 0 || name.kind == Kind::Mutated);
+        }
+        let steps = self.interpreter.execute(case, true);
+        let Outcome::Done(stepped) = &steps else { return steps };
+        let instructions = self.interpreter.instructions();
+        self.summary.instructions += instructions;
+        let whole = self.interpreter.execute(case, false);
+        let lines = disagreement(case, "steps", stepped, &whole);
+        let mut lines = self.counted(lines, "steps | whole", instructions, self.interpreter.instructions());
+        let stalls = self.interpreter.stalls();
+        let translated = self.soft.execute(case, false);
+        lines.extend(disagreement(case, "interpreted", stepped, &translated));
+        lines = self.counted(lines, "interpreted | translated", instructions, self.soft.instructions());
+        lines = self.counted(lines, "interpreted | translated, stalls", stalls, self.soft.stalls());
+        if !lines.is_empty() {
+            let insn = first_instruction(case);
+            self.fail(name, case, &insn, &lines);
+        }
+        steps
+    }
+
+    fn counted(&self, mut lines: Vec<String>, who: &str, one: u64, other: u64) -> Vec<String> {
+        if one != other {
+            lines.push(format!("instructions ({who})  {one}  |  {other}"));
+        }
+        lines
     }
 
     fn skip(&mut self, why: &str) {
@@ -140,6 +185,18 @@ impl Campaign {
     }
 }
 
+/// How two executions by software differ: nothing is left open there.
+fn disagreement(case: &Case, who: &str, one: &Final, other: &Outcome) -> Vec<String> {
+    let nothing = Instruction::default();
+    match other {
+        Outcome::Done(other) => differences(case, &nothing, one, other)
+            .into_iter()
+            .map(|line| format!("({who} | other) {line}"))
+            .collect(),
+        Outcome::Skipped(why) | Outcome::Broken(why) => vec![format!("other than {who}: {why}")],
+    }
+}
+
 fn code_of(case: &Case) -> &[u8] {
     image_index(case.start.rip).map_or(&[], |at| &case.image[at..(at + case.code_len).min(case.image.len())])
 }
@@ -153,6 +210,9 @@ fn first_instruction(case: &Case) -> Instruction {
 /// The instruction that a sequence faulted at: it is what the comparison must make allowances for.
 fn last_instruction(kind: Kind, case: &Case, soft: &Final) -> Option<Instruction> {
     let at = image_index(soft.registers.rip)?;
+    if kind == Kind::Program {
+        return Some(generate::decode(case.bits, &soft.image[at..], soft.registers.rip));
+    }
     let code = code_of(case);
     let start = at.checked_sub(image_index(case.start.rip)?)?;
     (kind == Kind::Sequence && start < code.len())

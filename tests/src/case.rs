@@ -18,8 +18,10 @@ pub const READ_ONLY: u64 = 0x4000;
 pub const CODE: u64 = 0x6000;
 /// Past the code.
 pub const CODE_END: u64 = CODE + 2 * PAGE as u64;
+/// A page that may be written and executed, between holes: code that changes itself.
+pub const SELF: u64 = 0x9000;
 /// Bytes of linear address space that the arena takes.
-pub const ARENA_SIZE: u64 = 0x9000;
+pub const ARENA_SIZE: u64 = 0xb000;
 /// The instruction that ends every case; all code bytes that a case does not set hold it.
 pub const STOP: u8 = 0xcc;
 
@@ -29,20 +31,22 @@ pub enum Rights {
     ReadWrite,
     ReadOnly,
     ReadExecute,
+    ReadWriteExecute,
 }
 
 /// Offset and rights of every page, in the order of [`Image`].
-pub const PAGES: [(u64, Rights); 5] = [
+pub const PAGES: [(u64, Rights); 6] = [
     (DATA, Rights::ReadWrite),
     (DATA + PAGE as u64, Rights::ReadWrite),
     (READ_ONLY, Rights::ReadOnly),
     (CODE, Rights::ReadExecute),
     (CODE + PAGE as u64, Rights::ReadExecute),
+    (SELF, Rights::ReadWriteExecute),
 ];
 
 /// Bytes of all pages.
 pub const IMAGE_SIZE: usize = PAGES.len() * PAGE;
-/// Where the code lies in an [`Image`].
+/// Where the code lies in an [`Image`], that of [`SELF`] behind the rest.
 pub const IMAGE_CODE: usize = 3 * PAGE;
 
 /// Contents of the arena's pages.

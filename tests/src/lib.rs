@@ -3,7 +3,7 @@
 //!
 //! - [`case`]: what one case is (registers, memory, code) and what may come of it
 //! - [`generate`]: cases from seeds
-//! - [`native`]: the host's CPU as the oracle; [`soft`]: the software CPU as the subject
+//! - [`native`]: the host's CPU as the oracle; [`soft`]: the software CPU as the subject, interpreting or translating
 //! - [`compare`]: the two finals, less what the architecture leaves open; [`campaign`]: many cases, one report
 
 pub mod campaign;

@@ -48,6 +48,7 @@ pub struct Soft {
     memory: Arc<PhysMemory>,
     /// The state that every case starts from.
     idle: CpuState,
+    translate: bool,
 }
 
 /// Guest RAM, page-aligned.
@@ -111,17 +112,26 @@ impl Default for Soft {
 }
 
 impl Soft {
-    /// A CPU ready for cases.
+    /// A CPU ready for cases, which translates at once what runs in one go. (Single steps are the interpreter's.)
     pub fn new() -> Self {
+        Self::with(true)
+    }
+
+    /// A CPU that interprets everything.
+    pub fn interpreter() -> Self {
+        Self::with(false)
+    }
+
+    fn with(translate: bool) -> Self {
         let ram = map_ram();
         let host = ram.0;
         let range = RamRange { start: 0, len: RAM as u64, host };
         // SAFETY: the mapping is page-aligned, lives as long as `ram`, and only this value uses it.
         let memory = Arc::new(unsafe { PhysMemory::new(vec![range], Box::new(ram)) });
         build_tables(&memory);
-        let cpu = new_cpu(&memory);
+        let cpu = new_cpu(&memory, translate);
         let idle = idle_state(&cpu.state);
-        Self { cpu, memory, idle }
+        Self { cpu, memory, idle, translate }
     }
 
     /// Executes a case; `by_steps` one instruction at a time, looking at each before it executes.
@@ -130,12 +140,22 @@ impl Soft {
         match catch_unwind(AssertUnwindSafe(|| self.go(case, by_steps))) {
             Ok(outcome) => outcome,
             Err(panic) => {
-                self.cpu = new_cpu(&self.memory);
+                self.cpu = new_cpu(&self.memory, self.translate);
                 let text = panic.downcast_ref::<String>().cloned();
                 let text = text.or_else(|| panic.downcast_ref::<&str>().map(|&s| s.to_owned()));
                 Outcome::Broken(format!("panic: {}", text.unwrap_or_default()))
             }
         }
+    }
+
+    /// Instructions that the last case completed, without the HLT behind its exception.
+    pub fn instructions(&self) -> u64 {
+        self.cpu.state.instructions - u64::from(self.cpu.state.activity == Activity::Halted)
+    }
+
+    /// Events and pieces of instructions that the last case took besides.
+    pub fn stalls(&self) -> u64 {
+        self.cpu.state.stalls
     }
 
     fn load(&mut self, case: &Case) {
@@ -241,12 +261,15 @@ impl Soft {
     }
 }
 
-fn new_cpu(memory: &Arc<PhysMemory>) -> Cpu {
+fn new_cpu(memory: &Arc<PhysMemory>, translate: bool) -> Cpu {
     let model = Arc::new(CpuModel::default());
     let attention = Arc::new(Attention::default());
     let mut cpu = Cpu::new(Arc::clone(memory), Box::new(NoDevices), model, attention, 0);
-    // What runs in one go is translated at once; single steps are the interpreter's.
-    cpu.translate_after(0);
+    if translate {
+        cpu.translate_after(0);
+    } else {
+        cpu.set_translate(false);
+    }
     cpu
 }
 
@@ -314,6 +337,7 @@ fn build_tables(memory: &PhysMemory) {
                 Rights::ReadWrite => paging::WRITE | paging::NX,
                 Rights::ReadOnly => paging::NX,
                 Rights::ReadExecute => 0,
+                Rights::ReadWriteExecute => paging::WRITE,
             };
             tables.map(base + offset, at::ARENA + (index * PAGE) as u64, rights | paging::USER);
         }

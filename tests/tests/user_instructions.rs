@@ -1,5 +1,6 @@
 //! User-mode instructions on the software CPU against the host's own CPU: registers, flags, vector and x87 state,
-//! memory, and the exception with its error code and address.
+//! memory, and the exception with its error code and address. Sequences and programs go three ways: host, interpreter,
+//! translator, with their instructions counted.
 //!
 //! The cases are the same in every run. For more of them, or others:
 //!
@@ -48,6 +49,11 @@ fn sequences_64() {
 #[test]
 fn mutated_instructions_64() {
     check(Kind::Mutated, Bits::B64, 24);
+}
+
+#[test]
+fn programs_64() {
+    check(Kind::Program, Bits::B64, 2);
 }
 
 #[test]

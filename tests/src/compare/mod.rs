@@ -10,7 +10,7 @@ use std::fmt::Write;
 use iced_x86::Instruction;
 use x86defs::{rflags, vector};
 
-use crate::case::{Case, FLAGS, Final, arena_offset};
+use crate::case::{Case, Exception, FLAGS, Final, arena_offset};
 
 /// Lines that say what differs, `native` first; empty if the finals agree.
 pub fn differences(case: &Case, insn: &Instruction, native: &Final, soft: &Final) -> Vec<String> {
@@ -31,13 +31,13 @@ pub fn differences(case: &Case, insn: &Instruction, native: &Final, soft: &Final
 }
 
 fn exceptions(native: &Final, soft: &Final, lines: &mut Vec<String>) {
-    let (n, s) = (native.exception, soft.exception);
-    let mut soft_code = s.error_code;
-    if s.vector == vector::PF && s.address >= 0x7fff_ffff_f000 {
-        // Linux shows user code that every page of the kernel's half is present.
-        soft_code |= x86defs::pf_error::PRESENT;
-    }
-    if (n.vector, n.error_code, n.address) != (s.vector, soft_code, s.address) {
+    // Linux shows user code that every page of the kernel's half is present.
+    let shown = |e: Exception| {
+        let kernel = e.vector == vector::PF && e.address >= 0x7fff_ffff_f000;
+        let code = e.error_code | if kernel { x86defs::pf_error::PRESENT } else { 0 };
+        (e.vector, code, e.address)
+    };
+    if shown(native.exception) != shown(soft.exception) {
         lines.push(format!("exception  {}  |  {}", exception(native), exception(soft)));
     }
 }

@@ -1,10 +1,13 @@
-//! Cases from seeds: single instructions of every form, sequences with branches and loops, and mutated bytes.
+//! Cases from seeds: single instructions of every form, sequences with branches and loops, mutated bytes, and programs.
 //!
 //! A case is named by `(kind, code, number)`; the name is the seed, so a failure is made again from its name alone.
 
 mod bytes;
+mod filler;
 mod filter;
+mod flow;
 mod operands;
+mod program;
 mod sequence;
 mod values;
 
@@ -25,6 +28,8 @@ pub enum Kind {
     Sequence,
     /// One instruction with some of its bytes changed.
     Mutated,
+    /// Up to some hundred, with calls, loops in loops, indirect jumps, faults and changes to their own code.
+    Program,
 }
 
 /// The name of a case, and all it is made from.
@@ -43,6 +48,7 @@ impl std::fmt::Display for Name {
             Kind::Single => "single",
             Kind::Sequence => "sequence",
             Kind::Mutated => "mutated",
+            Kind::Program => "program",
         };
         write!(f, "{kind}:{}:{:?}:{}", self.bits.count(), self.code, self.number)
     }
@@ -60,7 +66,8 @@ impl std::str::FromStr for Name {
             "single" => Kind::Single,
             "sequence" => Kind::Sequence,
             "mutated" => Kind::Mutated,
-            _ => return Err(format!("`{kind}` is not single, sequence or mutated")),
+            "program" => Kind::Program,
+            _ => return Err(format!("`{kind}` is not single, sequence, mutated or program")),
         };
         let bits = match bits {
             "32" => Bits::B32,
@@ -82,6 +89,7 @@ pub fn case(name: Name) -> Option<Case> {
         Kind::Single => single(&mut random, name, false),
         Kind::Mutated => single(&mut random, name, true),
         Kind::Sequence => sequence::sequence(&mut random, name),
+        Kind::Program => program::program(&mut random, name),
     }
 }
 

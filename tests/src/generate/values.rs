@@ -151,6 +151,15 @@ pub fn target(random: &mut Random, size: u64, align: u64, low: bool) -> u64 {
     }
 }
 
+/// The same where nothing faults.
+pub fn calm_target(random: &mut Random, size: u64, low: bool) -> u64 {
+    let base = if low { LOW } else { random.pick(&[LOW, HIGH]) };
+    let size = size.clamp(1, PAGE as u64);
+    let room = 2 * PAGE as u64 - size + 1;
+    let align = if size >= 16 || random.chance(70) { size.next_power_of_two() } else { 1 };
+    base + DATA + (random.below(room) & !(align - 1))
+}
+
 /// x87 and vector registers with their control words.
 pub fn fpu(random: &mut Random) -> Fpu {
     let mut fpu = Fpu::default();

@@ -190,6 +190,7 @@ unsafe fn map_arena(file: i32) -> bool {
                 Rights::ReadWrite => libc::PROT_READ | libc::PROT_WRITE,
                 Rights::ReadOnly => libc::PROT_READ,
                 Rights::ReadExecute => libc::PROT_READ | libc::PROT_EXEC,
+                Rights::ReadWriteExecute => libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC,
             };
             let want = (base + offset) as *mut libc::c_void;
             let flags = libc::MAP_SHARED | libc::MAP_FIXED_NOREPLACE | libc::MAP_POPULATE;
