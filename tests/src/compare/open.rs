@@ -117,10 +117,12 @@ pub(super) fn either_fault(case: &Case, insn: &Instruction, native: &Final, soft
     if based && n == vector::GP && soft.exception.address >> 63 != 0 {
         return true;
     }
-    // An undefined opcode at the end of a page: vendors differ in whether what would follow it is fetched.
+    // An undefined opcode at the end of a page, UD0 and UD1 among them: vendors differ in whether what would follow it
+    // is fetched.
     let fetch =
         |of: &Final| of.exception.vector == vector::PF && of.exception.error_code & pf_error::FETCH != 0;
-    insn.is_invalid() && (n == vector::UD && fetch(soft) || s == vector::UD && fetch(native))
+    let undefined = insn.is_invalid() || matches!(insn.mnemonic(), Mnemonic::Ud0 | Mnemonic::Ud1);
+    undefined && (n == vector::UD && fetch(soft) || s == vector::UD && fetch(native))
 }
 
 /// A gather that faults goes on where it stopped; what mask and destination look like until then is between the
