@@ -31,10 +31,18 @@ pub(super) const NEGATIVE: u8 = 8;
 #[derive(Clone, Copy)]
 pub(super) enum Alu {
     Add = 0,
+    Or = 1,
     And = 4,
     Sub = 5,
     Xor = 6,
     Cmp = 7,
+}
+
+/// MOVUPS's opcodes.
+#[derive(Clone, Copy)]
+pub(super) enum MoveVector {
+    Load = 0x10,
+    Store = 0x11,
 }
 
 /// `[base + index << scale + disp]`.
@@ -187,6 +195,24 @@ impl Assembler {
         self.imm32(value);
     }
 
+    pub(super) fn ldmxcsr(&mut self, mem: Mem) {
+        self.rm(B4, &[0x0f, 0xae], 2, mem);
+    }
+
+    pub(super) fn stmxcsr(&mut self, mem: Mem) {
+        self.rm(B4, &[0x0f, 0xae], 3, mem);
+    }
+
+    /// Moves a vector register whole (`wide`: 32 bytes) from or to memory, of any alignment.
+    pub(super) fn move_vector(&mut self, number: u8, mem: Mem, wide: bool, opcode: MoveVector) {
+        if !wide {
+            return self.rm(B4, &[0x0f, opcode as u8], number, mem);
+        }
+        // VEX.256.0F.WIG: R is inverted, base and index are not extended.
+        self.bytes(&[0xc5, if number < 8 { 0xfc } else { 0x7c }, opcode as u8]);
+        self.modrm(number, mem);
+    }
+
     pub(super) fn lea(&mut self, width: Width, to: Reg, mem: Mem) {
         self.rm(width, &[0x8d], to, mem);
     }
@@ -243,6 +269,18 @@ impl Assembler {
     pub(super) fn alu_mem_imm32(&mut self, width: Width, alu: Alu, mem: Mem, value: i32) {
         self.rm(width, &[0x81], alu as u8, mem);
         self.imm32(value);
+    }
+
+    /// TEST of a 32-bit register.
+    pub(super) fn test_imm(&mut self, reg: Reg, value: u32) {
+        self.rr(B4, &[0xf7], 0, reg);
+        self.imm32(value as i32);
+    }
+
+    /// TEST of 32 bits of memory.
+    pub(super) fn test_mem_imm(&mut self, mem: Mem, value: u32) {
+        self.rm(B4, &[0xf7], 0, mem);
+        self.imm32(value as i32);
     }
 
     pub(super) fn shr32(&mut self, to: Reg, count: u8) {

@@ -110,6 +110,8 @@ pub(super) struct Gate {
     pub call_op: u64,
     /// Leaves with [`LOOK`] for the address in RAX.
     pub look_at: u64,
+    /// Gets vector state into the host's registers: see [`super::vector::emit`].
+    pub get_vector: u64,
 }
 
 impl Gate {
@@ -148,8 +150,11 @@ pub(super) fn emit(asm: &mut Assembler) -> Gate {
     load_pinned(asm);
     asm.jump_register(RAX);
 
+    let vectors = super::vector::emit(asm);
+
     let exit = asm.address(asm.here());
     save_pinned(asm);
+    super::vector::emit_put_back(asm, &vectors);
     asm.alu_imm(B8, Alu::Add, RSP, 8);
     SAVED.iter().rev().for_each(|&r| asm.pop(r));
     asm.bytes(&[0xc3]);
@@ -161,6 +166,7 @@ pub(super) fn emit(asm: &mut Assembler) -> Gate {
 
     let call = asm.address(asm.here());
     save_pinned(asm);
+    super::vector::emit_put_back(asm, &vectors);
     asm.alu_imm(B8, Alu::Sub, RSP, 8);
     asm.lea(B8, RDI, Mem::at(RBP, -(BIAS as i32)));
     asm.mov(B4, RSI, RAX);
@@ -170,7 +176,7 @@ pub(super) fn emit(asm: &mut Assembler) -> Gate {
     load_pinned(asm);
     asm.test32(RAX, RAX);
     asm.bytes(&[0xc3]);
-    Gate { enter, exit, call_op: call, look_at }
+    Gate { enter, exit, call_op: call, look_at, get_vector: vectors.get }
 }
 
 /// Looks up RAX in the jump cache: on a hit RCX points to the entry; returns the jumps to take on a miss.

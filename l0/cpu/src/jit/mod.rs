@@ -34,6 +34,8 @@
 //!   where it is left early; `end - left` is the instruction count once the running trace has run whole.
 //! - JIT-5: a jump forwards in its page skips the first two checks: its source passed them, pages' versions only go up,
 //!   and whatever does not end goes backwards or through the jump cache some time.
+//! - JIT-6: whatever leaves translated code, or calls Rust from it, first puts the vector registers back
+//!   ([`vector::emit_put_back`]).
 //!
 //! Unsafe islands: [`gate`] (entry, calls back) and the code memory.
 
@@ -41,6 +43,7 @@ mod emit;
 mod gate;
 mod lower;
 mod trace;
+mod vector;
 
 use crate::Cpu;
 use crate::attention::Attention;
@@ -89,11 +92,26 @@ pub(crate) struct Hot {
     key: u64,
     /// Target of the indirect call under way.
     target: u64,
+    /// What of the guest's vector state is in the host's registers: see [`vector`].
+    vector: u32,
+    /// MXCSR as Rust code expects it.
+    host_mxcsr: u32,
 }
 
 impl Hot {
     pub(crate) fn new(attention: *const Attention) -> Self {
-        Self { left: 0, end: 0, page_ip: 0, attention, seen: 0, jumps: std::ptr::null(), key: 0, target: 0 }
+        Self {
+            left: 0,
+            end: 0,
+            page_ip: 0,
+            attention,
+            seen: 0,
+            jumps: std::ptr::null(),
+            key: 0,
+            target: 0,
+            vector: 0,
+            host_mxcsr: vector::HOST_MXCSR,
+        }
     }
 
     /// Instructions executed once the running trace has run whole.

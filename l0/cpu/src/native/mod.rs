@@ -29,7 +29,10 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 use iced_x86::Instruction;
 
 pub(crate) use features::FeatureSet;
-pub(crate) use plan::{Class, MemoryUse, Plan, RAX, RCX, RDX, is_x87};
+pub(crate) use plan::{
+    Class, MemoryUse, Plan, RAX, RCX, RDX, class_of as vector_class, is_aligned as vector_is_aligned,
+    is_floating, is_x87,
+};
 pub(crate) use thunk::{Frame, Thunk};
 pub(crate) use wide::Xmm;
 

@@ -184,7 +184,7 @@ fn writes(access: OpAccess) -> bool {
 }
 
 /// The class of an instruction; none for encodings and extensions that are never offered.
-fn class_of(insn: &Instruction) -> Option<Class> {
+pub(crate) fn class_of(insn: &Instruction) -> Option<Class> {
     match insn.encoding() {
         EncodingKind::VEX => return Some(Class::Vex),
         EncodingKind::Legacy => {}
@@ -261,6 +261,12 @@ fn normalise(original: &Instruction) -> (Instruction, Register) {
     (insn, gpr)
 }
 
+/// The instruction's memory operand must be aligned to its size.
+pub(crate) fn is_aligned(insn: &Instruction) -> bool {
+    let operand = class_of(insn).zip(operand_size(insn));
+    operand.is_some_and(|(class, size)| needs_alignment(insn, class, size))
+}
+
 fn operand_size(insn: &Instruction) -> Option<usize> {
     let size = match insn.memory_size() {
         MemorySize::Unknown => 0,
@@ -312,7 +318,7 @@ const ARITHMETIC: [&str; 13] = [
 ];
 
 /// True if the instruction is under MXCSR's control: it may round, or raise SIMD floating-point exceptions.
-fn is_floating(insn: &Instruction) -> bool {
+pub(crate) fn is_floating(insn: &Instruction) -> bool {
     const OTHERS: [&str; 9] = ["sqrt", "min", "max", "cmp", "comi", "ucomi", "round", "rcp", "rsqrt"];
     if !matches!(insn.encoding(), EncodingKind::Legacy | EncodingKind::VEX) || is_x87(insn) {
         return false;

@@ -12,3 +12,4 @@ mod segments;
 mod syscall;
 mod tasks;
 mod v86;
+mod vector;

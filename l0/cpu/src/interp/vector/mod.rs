@@ -79,7 +79,7 @@ pub(crate) fn lower_cold(insn: &Instruction) -> Option<(ColdHandler, u64)> {
 }
 
 /// An instruction on vector or MMX registers.
-fn is_ours(insn: &Instruction) -> bool {
+pub(crate) fn is_ours(insn: &Instruction) -> bool {
     use Mnemonic as M;
     let vectors = (0..insn.op_count()).any(|i| {
         let register = if insn.op_kind(i) == OpKind::Register { insn.op_register(i) } else { Register::None };

@@ -36,6 +36,15 @@ impl Lowering<'_> {
         self.look_up(insn.memory_size().size() as i32, access)
     }
 
+    /// The same for an operand of a vector instruction; `aligned` ones that are not miss.
+    pub(super) fn look_up_vector(&mut self, insn: &Instruction, access: For, aligned: bool) -> Looked {
+        self.clobber_flags();
+        self.effective_address(insn);
+        let size = insn.memory_size().size() as i32;
+        // The low bits stay in what is compared with a page's address, and an aligned operand crosses no page.
+        if aligned { self.look_up_masked(0, -4096 | (size - 1), access) } else { self.look_up(size, access) }
+    }
+
     /// The operand's linear address into RDX. Clobbers RAX and the host's flags.
     fn effective_address(&mut self, insn: &Instruction) {
         self.operand_offset(RDX, insn);
@@ -71,6 +80,11 @@ impl Lowering<'_> {
 
     /// Looks up the `size` bytes at RDX.
     pub(super) fn look_up(&mut self, size: i32, access: For) -> Looked {
+        self.look_up_masked(size - 1, -4096, access)
+    }
+
+    /// Looks up the page of RDX if the byte `last` after it, under `mask`, is that page's address.
+    fn look_up_masked(&mut self, last: i32, mask: i32, access: For) -> Looked {
         const { assert!(size_of::<DataEntry>() == 32) };
         let asm = &mut *self.asm;
         // Index times size of an entry in one go: bits 12 and up of the address, moved down to bit 5.
@@ -78,12 +92,12 @@ impl Lowering<'_> {
         asm.shr32(RAX, 12 - 5);
         asm.alu_imm(B4, Alu::And, RAX, ((DATA_ENTRIES - 1) << 5) as i32);
         asm.alu_load(B8, Alu::Add, RAX, field(offset_of!(Cpu, data_table)));
-        if size == 1 {
+        if last == 0 {
             asm.mov(B8, RCX, RDX);
         } else {
-            asm.lea(B8, RCX, Mem::at(RDX, size - 1));
+            asm.lea(B8, RCX, Mem::at(RDX, last));
         }
-        asm.alu_imm(B8, Alu::And, RCX, -4096);
+        asm.alu_imm(B8, Alu::And, RCX, mask);
         let tag = match access {
             For::Reading => offset_of!(DataEntry, read),
             For::Writing => offset_of!(DataEntry, write),
@@ -112,7 +126,8 @@ impl Lowering<'_> {
     /// The same for any jumps to the handler.
     pub(super) fn or_handler(&mut self, number: usize, jumps: [Option<Fixup>; 2]) {
         let resume = self.asm.here();
-        self.asides.push(Aside::Handler { jumps, number, resume, flags: self.flags });
+        let (flags, vector) = (self.flags, self.vector);
+        self.asides.push(Aside::Handler { jumps, number, resume, flags, vector });
     }
 
     pub(super) fn miss(looked: &Looked) -> Fixup {

@@ -11,6 +11,7 @@ mod memory;
 mod mov;
 mod registers;
 mod stack;
+mod vector;
 
 use std::mem::offset_of;
 
@@ -63,7 +64,9 @@ enum Use {
 /// Code that is rarely needed, after the block's own.
 enum Aside {
     /// The instruction `number` by its handler; then on at `resume` unless it was the last.
-    Handler { jumps: [Option<Fixup>; 2], number: usize, resume: usize, flags: Flags },
+    Handler { jumps: [Option<Fixup>; 2], number: usize, resume: usize, flags: Flags, vector: u32 },
+    /// Vector state that the instruction `number` needs, and otherwise its handler; then on at `resume`.
+    GetVector { jump: Fixup, number: usize, needs: u32, resume: usize },
     /// Return to the run loop at the trace's start, from before and from after it was counted.
     LookAtStart { jumps: [Fixup; 2], budget: Fixup },
     /// Return to the run loop for the address in RAX.
@@ -79,6 +82,8 @@ pub(super) struct Lowering<'a> {
     gate: Gate,
     source: &'a Source<'a>,
     flags: Flags,
+    /// What of the vector state is known to be in the host's registers.
+    vector: u32,
     /// Whether the flags after each instruction matter.
     live: Vec<bool>,
     asides: Vec<Aside>,
@@ -88,7 +93,8 @@ pub(super) struct Lowering<'a> {
 /// (JIT-5). None if it could not be lowered.
 pub(super) fn lower(asm: &mut Assembler, gate: Gate, source: &Source) -> Option<usize> {
     let live = live_flags(source);
-    let mut lowering = Lowering { asm, gate, source, flags: Flags::Saved, live, asides: Vec::new() };
+    let mut lowering =
+        Lowering { asm, gate, source, flags: Flags::Saved, vector: 0, live, asides: Vec::new() };
     let forward = lowering.checks();
     for (number, insn) in source.trace.insns.iter().enumerate() {
         lowering.instruction(number, insn);
@@ -108,7 +114,8 @@ fn live_flags(source: &Source) -> Vec<bool> {
         let used = if source.is_native(insn) { flag_use(insn) } else { Use::Reads };
         let may_call = (0..insn.op_count()).any(|i| insn.op_kind(i) == OpKind::Memory)
             && insn.mnemonic() != Mnemonic::Lea
-            || insn.is_stack_instruction();
+            || insn.is_stack_instruction()
+            || vector::is_vector(insn);
         live = match used {
             _ if may_call => true,
             Use::Sets => false,
@@ -161,6 +168,7 @@ impl Lowering<'_> {
         }
         let done = self.branch(number, insn)
             || self.stack(number, insn)
+            || self.vector(number, insn)
             || self.mov(number, insn)
             || self.arith(number, insn);
         if !done {
@@ -196,6 +204,14 @@ impl Lowering<'_> {
             self.asm.jcc_to(NOT_EQUAL, self.gate.exit);
         }
         self.flags = Flags::Saved;
+        self.vector = 0;
+    }
+
+    /// Leaves after the instruction `number`, which its handler has executed and which is not the last of its block.
+    fn leave_after(&mut self, number: usize) {
+        self.uncount(self.remaining(number + 1));
+        self.address(RAX, self.source.trace.insns[number].next_ip() as i64);
+        self.asm.jump_to(self.gate.look_at);
     }
 
     /// Sees to it that the host's flags may be clobbered.
@@ -260,13 +276,18 @@ impl Lowering<'_> {
 
     fn write_aside(&mut self, aside: Aside) {
         match aside {
-            Aside::Handler { jumps, number, resume, flags } => {
+            Aside::GetVector { jump, number, needs, resume } => {
+                self.asm.bind(jump);
+                self.write_get_vector(number, needs, resume);
+            }
+            Aside::Handler { jumps, number, resume, flags, vector } => {
                 jumps.into_iter().flatten().for_each(|jump| self.asm.bind(jump));
                 self.call_op(number);
                 if self.is_last(number) {
                     return self.asm.jump_to(self.gate.exit);
                 }
                 self.asm.jcc_to(NOT_EQUAL, self.gate.exit);
+                self.get_vector_again(number, vector);
                 if matches!(flags, Flags::Host | Flags::Both) {
                     self.load_saved_flags();
                 }
@@ -349,6 +370,6 @@ fn flag_use(insn: &Instruction) -> Use {
         Shl | Sal | Shr | Sar => shift_use(insn),
         _ if insn.is_jcc_short_or_near() => Use::Reads,
         _ if crate::interp::mov::condition_of(insn).is_some() => Use::Reads,
-        _ => Use::None,
+        _ => vector::flag_use(insn),
     }
 }

@@ -82,6 +82,9 @@ pub(super) fn is_native(insn: &Instruction) -> bool {
     ) {
         return true;
     }
+    if super::vector::is_vector(insn) {
+        return true;
+    }
     if !has_plain_operands(insn) {
         return false;
     }
