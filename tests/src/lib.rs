@@ -10,6 +10,7 @@ pub mod campaign;
 pub mod case;
 pub mod compare;
 pub mod generate;
+pub mod machine;
 pub mod native;
 pub mod random;
 pub mod soft;

@@ -54,6 +54,14 @@ pub struct Soft {
 /// Guest RAM, page-aligned.
 struct Ram(*mut u8);
 
+/// 1 MiB of RAM at address 0.
+pub(crate) fn small_memory() -> Arc<PhysMemory> {
+    let ram = map_ram();
+    let range = RamRange { start: 0, len: RAM as u64, host: ram.0 };
+    // SAFETY: the mapping is page-aligned, lives as long as `ram`, and only this value uses it.
+    Arc::new(unsafe { PhysMemory::new(vec![range], Box::new(ram)) })
+}
+
 // SAFETY: the mapping is used through `PhysMemory` only, which says how threads share it.
 unsafe impl Send for Ram {}
 // SAFETY: as above.
@@ -123,11 +131,7 @@ impl Soft {
     }
 
     fn with(translate: bool) -> Self {
-        let ram = map_ram();
-        let host = ram.0;
-        let range = RamRange { start: 0, len: RAM as u64, host };
-        // SAFETY: the mapping is page-aligned, lives as long as `ram`, and only this value uses it.
-        let memory = Arc::new(unsafe { PhysMemory::new(vec![range], Box::new(ram)) });
+        let memory = small_memory();
         build_tables(&memory);
         let cpu = new_cpu(&memory, translate);
         let idle = idle_state(&cpu.state);

@@ -12,7 +12,7 @@ use crate::case::{Bits, CODE, CODE_END, DATA, HIGH, LOW, PAGE, READ_ONLY};
 use crate::random::Random;
 
 /// Registers that loops count in.
-const COUNTERS: [Register; 6] =
+pub(super) const COUNTERS: [Register; 6] =
     [Register::RCX, Register::RBX, Register::R15, Register::R8, Register::R10, Register::RSI];
 
 /// An address in the code that is not known yet: where its displacement is.
@@ -34,6 +34,8 @@ pub(super) struct Flow<'a> {
     pub writable: bool,
     /// Bytes that the code should have in the end.
     pub limit: usize,
+    /// Makes pieces that only occur in one kind of program.
+    pub extra: Option<fn(&mut Flow)>,
 }
 
 impl<'a> Flow<'a> {
@@ -49,6 +51,7 @@ impl<'a> Flow<'a> {
             soft_spots: Vec::new(),
             writable: false,
             limit,
+            extra: None,
         }
     }
 
@@ -61,7 +64,7 @@ impl<'a> Flow<'a> {
     }
 
     /// Where the arena that this code runs in lies.
-    fn base(&self) -> u64 {
+    pub fn base(&self) -> u64 {
         if self.origin >= HIGH { HIGH } else { LOW }
     }
 
@@ -99,6 +102,11 @@ impl<'a> Flow<'a> {
     }
 
     fn piece(&mut self, depth: u32) {
+        if let Some(extra) = self.extra
+            && self.random.chance(25)
+        {
+            return extra(self);
+        }
         match self.random.below(100) {
             0..=29 => self.quick(),
             30..=44 => self.any(),

@@ -9,6 +9,7 @@ mod flow;
 mod operands;
 mod program;
 mod sequence;
+pub mod system;
 mod values;
 
 use iced_x86::{Code, Decoder, DecoderOptions, Instruction};
