@@ -236,7 +236,7 @@ fn edit_entry(flow: &mut Flow) {
         0 | 1 => flow.code.extend([0x80, 0x22, 0x9f]),
         // xor byte [rdx], WRITE
         2 => flow.code.extend([0x80, 0x32, 0x02]),
-        3 if offset >= CODE && offset < SELF => {
+        3 if (CODE..SELF).contains(&offset) => {
             // The same code from another frame.
             let page = (offset - CODE) / PAGE as u64;
             let number = page + flow.random.pick(&[3, COPIES]);

@@ -72,7 +72,7 @@ pub fn build() -> Vec<u8> {
             put(&mut ram, at::PDPT[space] + (base >> 30 & 511) * 8, directory | upper);
             put(&mut ram, directory + (base >> 21 & 511) * 8, at::TABLE[space][half] | upper);
             for (index, &(offset, _)) in PAGES.iter().enumerate() {
-                let own = space == 1 && (offset < CODE && offset >= DATA || offset == SELF);
+                let own = space == 1 && ((DATA..CODE).contains(&offset) || offset == SELF);
                 let number = index as u64 + if own { PAGES.len() as u64 } else { 0 };
                 put(&mut ram, entry_at(space, half, offset), frame(number) | leaf);
             }
@@ -83,7 +83,7 @@ pub fn build() -> Vec<u8> {
     put(&mut ram, at::KERNEL_PDPT, at::KERNEL_DIRECTORY | upper);
     put(&mut ram, at::KERNEL_DIRECTORY, at::KERNEL_TABLE | upper);
     for page in 0..(RAM / PAGE) as u64 {
-        let entry = page * PAGE as u64 | paging::PRESENT | paging::WRITE | paging::GLOBAL;
+        let entry = (page * PAGE as u64) | paging::PRESENT | paging::WRITE | paging::GLOBAL;
         put(&mut ram, at::KERNEL_TABLE + page * 8, entry | paging::ACCESSED | paging::DIRTY);
     }
     descriptors(&mut ram);
