@@ -272,7 +272,8 @@ fn through_the_io_apic() {
     equal("an entry reads back", pic::ioapic_read(0x10 + PIT_PIN * 2) & 0x1_00ff, u32::from(MIDDLE));
     pic::start_pit(2, 3000);
     cpu::sti_hlt();
-    equal("8254 through the I/O APIC ends HLT", count(MIDDLE), 1);
+    // Where the host was busy, the next tick has come before the first was handled.
+    check!("8254 through the I/O APIC ends HLT", count(MIDDLE) >= 1, "{}", count(MIDDLE));
     equal("it repeats, edge by edge", wait_for(MIDDLE, 4).min(4), 4);
     pic::ioapic_route(PIT_PIN, MASKED | u32::from(MIDDLE), apic::id());
     open_for(3_000_000);

@@ -53,6 +53,9 @@ enum Command {
     Demo {
         /// Which guests: their names, or `all` [default: a few that show the most].
         names: Vec<String>,
+        /// On this engine alone: soft, kvm, auto
+        #[arg(long, value_enum, value_name = "ENGINE", hide_possible_values = true)]
+        engine: Option<EngineConfig>,
     },
     /// Say what this host offers, which engine suits it, and what to do about what it lacks.
     Doctor,
@@ -172,7 +175,8 @@ pub fn main() -> ExitCode {
     start_log(cli.quiet);
     match cli.command {
         Command::Run(args) => run(&args, cli.quiet),
-        Command::Demo { names } => match demo::run(&names, cli.quiet, &mut std::io::stdout()) {
+        Command::Demo { names, engine } => match demo::run(&names, engine, cli.quiet, &mut std::io::stdout())
+        {
             Ok(true) => ExitCode::SUCCESS,
             Ok(false) => ExitCode::from(EXIT_CRASHED),
             Err(error) => cannot(&error),

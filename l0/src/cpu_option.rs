@@ -2,6 +2,7 @@
 
 use turtles_cpu::cpuid::{CpuModel, CpuModelError, Feature};
 use vmcs_shadow::caps::{Capabilities, UnknownFlag};
+use x86defs::cpuid::{FEATURES, FeatureBit};
 
 /// Why a `--cpu` value was refused.
 #[derive(Debug, thiserror::Error)]
@@ -46,10 +47,18 @@ impl CpuOption {
         if self.vmx.is_none() {
             return Ok(self);
         }
-        log::info!("no VMX for guests where KVM executes ring 0; --engine soft has it");
         let vmx_flag = |part: &&str| !part.trim_start_matches(['+', '-']).starts_with("vmx-");
         let others: Vec<&str> = self.text.split(',').map(str::trim).filter(vmx_flag).collect();
         Self::parse(&format!("{},-vmx", others.join(",")))
+    }
+
+    /// The same less the features that an engine cannot give: every engine shows the guest one and the same processor.
+    pub fn limited_to(self, gives: impl Fn(&FeatureBit) -> bool) -> Result<Self, CpuOptionError> {
+        let mut text = self.text.clone();
+        for lost in FEATURES.iter().filter(|bit| self.model.has(bit.feature) && !gives(bit)) {
+            text += &format!(",-{}", lost.name);
+        }
+        if text == self.text { Ok(self) } else { Self::parse(&text) }
     }
 }
 

@@ -71,13 +71,22 @@ pub fn cpus_for(guest: &Guest) -> u32 {
 }
 
 /// Runs the guests named (or the showcase) and prints what happened. True if all passed on the engine that
-/// `--engine auto` would take.
+/// `--engine auto` would take. With `only`, they run on that engine alone, and have to pass there.
 ///
 /// Another engine may fail for reasons of this host: a KVM that emulates ring 0 gets part of the architecture wrong.
 /// Such cases are counted, and listed for guests asked for by name.
-pub fn run(names: &[String], quiet: bool, out: &mut dyn Write) -> Result<bool, RunError> {
+pub fn run(
+    names: &[String],
+    only: Option<EngineConfig>,
+    quiet: bool,
+    out: &mut dyn Write,
+) -> Result<bool, RunError> {
     let guests = pick(names)?;
-    let chosen = doctor::probe().choose().engine;
+    let chosen = match only {
+        None | Some(EngineConfig::Auto) => doctor::probe().choose().engine,
+        Some(EngineConfig::Kvm) => doctor::Chosen::Kvm,
+        Some(EngineConfig::Soft | EngineConfig::SoftInterpreter) => doctor::Chosen::Soft,
+    };
     let kvm = KvmHost::open().err();
     if !quiet {
         say(
@@ -90,18 +99,21 @@ pub fn run(names: &[String], quiet: bool, out: &mut dyn Write) -> Result<bool, R
             say(out, format_args!("On the software CPU alone: {error}.\n"));
         }
     }
-    let engines = [EngineConfig::Soft, EngineConfig::Kvm];
-    let engines = &engines[..if kvm.is_none() { 2 } else { 1 }];
+    let engines = match only {
+        Some(engine) => vec![engine],
+        None if kvm.is_none() => vec![EngineConfig::Soft, EngineConfig::Kvm],
+        None => vec![EngineConfig::Soft],
+    };
     let mut all_passed = true;
     for guest in guests {
         say(out, format_args!("\n{}: {}\n", guest.name, guest.what));
-        for &engine in engines {
+        for &engine in &engines {
             let mut config = MachineConfig::for_image(guest.image);
             config.engine = engine;
             config.cpus = cpus_for(guest);
             config.stats = true;
             let run = run_guest(guest, &config)?;
-            let used = (engine == EngineConfig::Kvm) == (chosen == doctor::Chosen::Kvm);
+            let used = only.is_some() || (engine == EngineConfig::Kvm) == (chosen == doctor::Chosen::Kvm);
             all_passed &= run.passed() || !used;
             let detail = match (quiet, used || !names.is_empty()) {
                 (true, _) => Detail::Verdict,
@@ -116,7 +128,12 @@ pub fn run(names: &[String], quiet: bool, out: &mut dyn Write) -> Result<bool, R
         say(
             out,
             format_args!(
-                "\n{verdict} on the engine that --engine auto takes here, {}.\n",
+                "\n{verdict} on {}, {}.\n",
+                if only.is_some() {
+                    "the engine asked for"
+                } else {
+                    "the engine that --engine auto takes here"
+                },
                 engine_name(chosen)
             ),
         );

@@ -6,7 +6,9 @@
 use std::fmt;
 use std::fs;
 
-use crate::engine::kvm::{CAPABILITIES, Capability, FAST_RING0, GuestTsc, KvmHost, Need, OpenError, Speed};
+use crate::engine::kvm::{
+    CAPABILITIES, Capability, Exits, FAST_RING0, GuestTsc, KvmHost, Need, OpenError, Share, Speed, VmxReach,
+};
 
 /// The engine that suits this host.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -78,6 +80,8 @@ pub struct OpenKvm {
     pub speed: Result<Speed, String>,
     /// The TSC a guest reads.
     pub tsc: Option<GuestTsc>,
+    /// Which exits were seen, and what the engine gives KVM to execute.
+    pub exits: Option<(Exits, Share)>,
 }
 
 /// What was found.
@@ -136,8 +140,9 @@ fn look_at_kvm() -> KvmReport {
     drop(kvm);
     let host = KvmHost::open();
     let tsc = host.as_ref().ok().and_then(|host| host.guest_tsc().ok());
+    let exits = host.as_ref().ok().map(|host| (host.exits(), host.share()));
     let speed = host.and_then(|host| host.measure()).map_err(|error| error.to_string());
-    KvmReport::Open(OpenKvm { capabilities, speed, tsc })
+    KvmReport::Open(OpenKvm { capabilities, speed, tsc, exits })
 }
 
 /// Looks at the host. Takes some milliseconds.
@@ -225,6 +230,20 @@ impl fmt::Display for VendorModule {
     }
 }
 
+fn reach(vmx: VmxReach, share: Share) -> &'static str {
+    match (share, vmx) {
+        (Share::User, VmxReach::Emulator) => {
+            "make this KVM's emulator give up; the software CPU, which has ring 0 here, executes them at once."
+        }
+        (Share::User, _) => "are the software CPU's, which has ring 0 here.",
+        (Share::All, VmxReach::Emulator) => "reach us where this KVM's emulator gives up.",
+        (Share::All, VmxReach::Breakpoint) => "reach us by breakpoints on its #UD and #GP handlers.",
+        (Share::All, VmxReach::Nothing) => {
+            "do not reach us: guests on this KVM have no VMX; --engine soft gives it to them."
+        }
+    }
+}
+
 impl fmt::Display for OpenKvm {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (capability, value) in &self.capabilities {
@@ -238,6 +257,15 @@ impl fmt::Display for OpenKvm {
         }
         if self.tsc.is_some_and(|tsc| !tsc.settable) {
             writeln!(f, "  A guest reads the host's own TSC, whatever KVM is asked.")?;
+        }
+        if let Some((exits, share)) = &self.exits {
+            writeln!(f, "  VMX instructions of a guest hypervisor {}", reach(exits.vmx, *share))?;
+            if !exits.tsc_deadline {
+                writeln!(
+                    f,
+                    "  This kernel drops writes of IA32_TSC_DEADLINE: guests on KVM see no such timer."
+                )?;
+            }
         }
         match &self.speed {
             Ok(speed) => {
@@ -285,7 +313,7 @@ mod tests {
     fn open(ring0_per_second: f64) -> KvmReport {
         let speed = Speed { ring0_per_second, out_round_trip: Duration::from_micros(2) };
         let capabilities = CAPABILITIES.iter().map(|c| (c, 1)).collect();
-        KvmReport::Open(OpenKvm { capabilities, speed: Ok(speed), tsc: None })
+        KvmReport::Open(OpenKvm { capabilities, speed: Ok(speed), tsc: None, exits: None })
     }
 
     #[test]

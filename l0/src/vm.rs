@@ -145,8 +145,10 @@ impl Machine {
             return Err(RunError::VirtualClockCpus);
         }
         let asked = CpuOption::parse(&config.cpu)?;
-        let all_on_kvm = kvm.as_ref().is_some_and(|host| host.share() == Share::All);
-        let asked = if all_on_kvm { asked.without_vmx()? } else { asked };
+        let asked = match &kvm {
+            Some(host) if host.share() == Share::All => limit_to_kvm(asked, host)?,
+            _ => asked,
+        };
         let model = asked.model.with_clocks(tsc_hz, APIC_TIMER_HZ).with_cpus(config.cpus);
         for warning in model.warnings() {
             log::warn!("{warning}");
@@ -365,6 +367,19 @@ fn open_engine(config: &MachineConfig) -> Result<Option<KvmHost>, RunError> {
             }
         }
     }
+}
+
+/// The processor as guests on this KVM can have it.
+fn limit_to_kvm(asked: CpuOption, host: &KvmHost) -> Result<CpuOption, RunError> {
+    let asked = if host.reaches_vmx() {
+        asked
+    } else {
+        log::warn!(
+            "VMX instructions do not reach us on this KVM: the guest has no VMX; --engine soft gives it VMX"
+        );
+        asked.without_vmx()?
+    };
+    Ok(asked.limited_to(|bit| host.can_give(bit.leaf, bit.subleaf, bit.register, bit.bit))?)
 }
 
 /// Guest RAM as the software CPU takes it.

@@ -12,8 +12,8 @@
 //! - `host`: /dev/kvm and what it can do; `vm`: memory slots and the MSR filter
 //! - `vcpu`: the run loop; `exits`: what an exit is answered with; `kick`: getting out of KVM_RUN
 //! - `transfer`: moving state, with `convert` (registers, events), `xsave`, `msrs` and `tsc`
-//! - `cpuid`: what the guest may see; `probe`: how fast this KVM is
-//!
+//! - `cpuid`: what the guest may see; `probe`: how fast this KVM is; `probe_exits`: what it tells us of
+//! - `traps`: VMX instructions of a guest hypervisor, where KVM executes its ring 0
 //! - `user`: the share of the guest that KVM executes where it emulates ring 0; `tunables`: its sizes
 //!
 //! What runs where ([`Share`], decided once by the measured speed of ring 0):
@@ -39,7 +39,9 @@ mod ioctl;
 mod kick;
 mod msrs;
 mod probe;
+mod probe_exits;
 mod transfer;
+mod traps;
 mod tsc;
 mod tunables;
 mod user;
@@ -55,6 +57,7 @@ mod user_tests;
 pub use cpuid::LostFeature;
 pub use host::{CAPABILITIES, Capability, KvmHost, Need, OpenError, Share};
 pub use probe::{FAST_RING0, Speed};
+pub use probe_exits::{Exits, VmxReach};
 pub use tsc::GuestTsc;
 pub use vcpu::{KvmVcpu, Stats};
 pub use vm::KvmVm;

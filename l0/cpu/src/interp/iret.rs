@@ -8,7 +8,8 @@ use super::descriptor::rpl;
 use super::stack_switch::NewStack;
 use crate::Cpu;
 use crate::op::{Cold, ColdHandler};
-use crate::state::{Seg, Segment, reg};
+use crate::phys::Inside;
+use crate::state::{Seg, Segment, Shadow, reg};
 use crate::trap::{Exec, Fault};
 
 /// How this family executes `insn`, if it is its own.
@@ -175,6 +176,28 @@ impl Cpu {
         if pin & pin::NMI_EXITING == 0 || pin & pin::VIRTUAL_NMIS != 0 {
             self.iret_unblocked = std::mem::take(&mut self.state.nmi_blocked);
         }
+    }
+
+    /// Takes back the delivery of an exception, whose handler is about to begin: its frame is popped, with an error code
+    /// if one was pushed, in units of `size` bytes (2, 4 or 8, as the gate has it). False if what is on the stack is no
+    /// such frame; the vCPU's state is then undefined. Whether NMIs are blocked stays as it is.
+    ///
+    /// Interrupts wait for the instruction that the exception was about, as they did when it began.
+    pub fn undo_delivery(&mut self, size: usize, error_code: bool) -> bool {
+        let _inside = Inside::enter(&self.peer);
+        if error_code {
+            self.pop_stack(size as u64);
+        }
+        let undone = if !self.state.protected() {
+            self.iret_frame(size).and_then(|to| self.iret_real(to))
+        } else if self.state.v86() || self.state.system_flag(rflags::NT) {
+            return false;
+        } else {
+            self.iret_protected(size)
+        };
+        self.state.shadow = Shadow::Sti;
+        self.attend();
+        undone.is_ok()
     }
 
     fn return_same_with_stack(&mut self, stack: &NewStack) {

@@ -31,6 +31,8 @@ const LONGEST_RANGE: u32 = 0x40;
 
 /// Protection keys, in leaf 7's ECX.
 const PKU: u32 = 1 << 3;
+/// The TSC-deadline timer, in leaf 1's ECX.
+const TSC_DEADLINE: u32 = 1 << 24;
 /// Bytes of PKRU in an XSAVE area.
 const PKRU_LEN: u32 = 8;
 
@@ -125,7 +127,12 @@ impl KvmHost {
             (0xd, 0, Register::Edx) => supported &= (components >> 32) as u32,
             _ => {}
         }
-        supported | ours(leaf, subleaf, register)
+        let mut ours = ours(leaf, subleaf, register);
+        if (leaf, register) == (1, Register::Ecx) && !self.exits.tsc_deadline {
+            ours &= !TSC_DEADLINE;
+            supported &= !TSC_DEADLINE;
+        }
+        supported | ours
     }
 
     /// True if a guest of this KVM can have the feature that `bit` of a CPUID register stands for.

@@ -6,6 +6,7 @@ use turtles_cpu::state::{Activity, CpuState};
 use turtles_cpu::{Cpu, Exit};
 use x86defs::{msr, vector};
 
+use super::traps;
 use super::vcpu::{Ended, KvmVcpu, Next};
 use crate::engine::EngineError;
 
@@ -37,18 +38,16 @@ impl KvmVcpu {
             kb::KVM_EXIT_SET_TPR | kb::KVM_EXIT_INTR | kb::KVM_EXIT_NMI | kb::KVM_EXIT_TPR_ACCESS => {
                 Ok(Next::Again)
             }
-            kb::KVM_EXIT_SHUTDOWN => {
-                self.come_home_as(cpu, Activity::Shutdown)?;
-                Ok(Next::Leave(Exit::Shutdown))
-            }
+            kb::KVM_EXIT_SHUTDOWN => self.shut_down(cpu),
             kb::KVM_EXIT_INTERNAL_ERROR => self.internal_error(cpu),
             kb::KVM_EXIT_FAIL_ENTRY => {
                 // SAFETY: the exit reason says which part of the union KVM filled in.
                 let failure = unsafe { self.fd.get_kvm_run().__bindgen_anon_1.fail_entry };
                 Ok(self.entry_failed(failure.hardware_entry_failure_reason))
             }
-            // Nobody asked for debug exits: what KVM took for one the software CPU does as the architecture has it.
-            kb::KVM_EXIT_DEBUG | kb::KVM_EXIT_EXCEPTION => Ok(Next::Software(1)),
+            kb::KVM_EXIT_DEBUG => self.debug_exit(cpu),
+            // Nobody asked for it: the software CPU does as the architecture has it.
+            kb::KVM_EXIT_EXCEPTION => Ok(Next::Software(1)),
             other => {
                 Err(EngineError::KvmExit(format!("exit reason {other}, which this version does not know")))
             }
@@ -141,6 +140,17 @@ impl KvmVcpu {
         } else {
             Next::Again
         }
+    }
+
+    /// A triple fault: perhaps of a VMX instruction whose exception L1 has no handler for.
+    fn shut_down(&mut self, cpu: &mut Cpu) -> Result<Next, EngineError> {
+        self.come_home_as(cpu, Activity::Shutdown)?;
+        if self.traps.is_some() && traps::is_ours(cpu) {
+            cpu.state.activity = Activity::Active;
+            cpu.state.injected = None;
+            return Ok(Next::Software(1));
+        }
+        Ok(Next::Leave(Exit::Shutdown))
     }
 
     /// HLT, which KVM has completed.

@@ -7,6 +7,7 @@ use kvm_ioctls::Kvm;
 
 use super::failed;
 use super::probe::FAST_RING0;
+use super::probe_exits::{Exits, VmxReach};
 use crate::engine::EngineError;
 
 /// The only version of KVM's interface there has been since 2007.
@@ -164,6 +165,8 @@ pub struct KvmHost {
     pub(super) emulates_ring0: bool,
     /// What KVM executes.
     pub(super) share: Share,
+    /// What was tried of its exits.
+    pub(super) exits: Exits,
 }
 
 impl KvmHost {
@@ -192,19 +195,32 @@ impl KvmHost {
             emulates_ring0: !processor_virtualizes(),
             kvm: Arc::new(kvm),
             share: Share::All,
+            exits: Exits { vmx: VmxReach::Nothing, tsc_deadline: true },
         };
-        this.share = this.measured_share()?;
+        (this.share, this.exits) = this.tried()?;
         Ok(this)
     }
 
-    /// The share that suits this host, measured once in the process.
-    fn measured_share(&self) -> Result<Share, EngineError> {
-        static SHARE: OnceLock<Share> = OnceLock::new();
-        if let Some(&share) = SHARE.get() {
-            return Ok(share);
+    /// The share that suits this host, and the exits that it gives, tried once in the process.
+    fn tried(&self) -> Result<(Share, Exits), EngineError> {
+        static TRIED: OnceLock<(Share, Exits)> = OnceLock::new();
+        if let Some(&tried) = TRIED.get() {
+            return Ok(tried);
         }
         let fast = self.measure()?.ring0_per_second >= FAST_RING0;
-        Ok(*SHARE.get_or_init(|| if fast { Share::All } else { Share::User }))
+        let share = if fast { Share::All } else { Share::User };
+        let exits = self.try_exits()?;
+        Ok(*TRIED.get_or_init(|| (share, exits)))
+    }
+
+    /// What was tried of its exits.
+    pub fn exits(&self) -> Exits {
+        self.exits
+    }
+
+    /// True if a guest hypervisor can run on it: its VMX instructions reach us, or the software CPU executes them anyway.
+    pub fn reaches_vmx(&self) -> bool {
+        self.share == Share::User || self.exits.vmx != VmxReach::Nothing
     }
 
     /// The same KVM, given `share` to execute whatever was measured.

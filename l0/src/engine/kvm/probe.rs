@@ -6,7 +6,7 @@
 use std::time::{Duration, Instant};
 
 use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs, kvm_userspace_memory_region};
-use kvm_ioctls::{Kvm, VcpuExit, VcpuFd};
+use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend as _, GuestMemoryMmap};
 use x86defs::{cr0, cr4, efer, paging};
 
@@ -43,8 +43,9 @@ pub struct Speed {
     pub out_round_trip: Duration,
 }
 
-struct Probe {
-    vcpu: VcpuFd,
+pub(super) struct Probe {
+    pub(super) vm: VmFd,
+    pub(super) vcpu: VcpuFd,
     memory: GuestMemoryMmap<()>,
 }
 
@@ -53,7 +54,7 @@ fn memory_failed<E: std::error::Error + Send + Sync + 'static>(error: E) -> Engi
 }
 
 impl Probe {
-    fn new(kvm: &Kvm) -> Result<Self, EngineError> {
+    pub(super) fn new(kvm: &Kvm) -> Result<Self, EngineError> {
         let memory: GuestMemoryMmap<()> =
             GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY)]).map_err(memory_failed)?;
         let entry = paging::PRESENT | paging::WRITE;
@@ -71,7 +72,7 @@ impl Probe {
             memory_size: MEMORY as u64,
             userspace_addr: host,
         };
-        // SAFETY: the memory is mapped by `memory`, which is dropped after the vCPU that alone can use it.
+        // SAFETY: the memory is mapped by `memory`, which is dropped after the VM and the vCPU that alone can use it.
         unsafe { vm.set_user_memory_region(region) }.map_err(failed("giving the probe memory"))?;
         let vcpu = vm.create_vcpu(0).map_err(failed("creating a vCPU"))?;
         let cpuid = kvm
@@ -80,12 +81,17 @@ impl Probe {
         vcpu.set_cpuid2(&cpuid).map_err(failed("setting CPUID"))?;
         let sregs = vcpu.get_sregs().map_err(failed("reading system registers"))?;
         vcpu.set_sregs(&long_mode(sregs)).map_err(failed("writing system registers"))?;
-        Ok(Self { vcpu, memory })
+        Ok(Self { vm, vcpu, memory })
+    }
+
+    /// Writes to the guest's memory.
+    pub(super) fn put(&mut self, at: u64, bytes: &[u8]) -> Result<(), EngineError> {
+        self.memory.write_slice(bytes, GuestAddress(at)).map_err(memory_failed)
     }
 
     /// Starts `code` with `rax` in ring 0.
-    fn load(&mut self, code: &[u8], rax: u64) -> Result<(), EngineError> {
-        self.memory.write_slice(code, GuestAddress(CODE)).map_err(memory_failed)?;
+    pub(super) fn load(&mut self, code: &[u8], rax: u64) -> Result<(), EngineError> {
+        self.put(CODE, code)?;
         let regs = kvm_regs { rip: CODE, rflags: 2, rsp: MEMORY as u64, rax, ..Default::default() };
         self.vcpu.set_regs(&regs).map_err(failed("writing registers"))
     }

@@ -13,3 +13,15 @@ pub(super) const MOST_PATIENCE: u64 = 12_800_000;
 
 /// A stretch on KVM that paid: longer than going there and back costs.
 pub(super) const WORTH_IT: Duration = Duration::from_millis(1);
+
+/// Instructions that a guest hypervisor executes on the software CPU after each exit, before KVM is given the rest, at
+/// least and at most. A way to KVM and back costs tens of microseconds, in which the software CPU executes about as many
+/// as the former; the latter takes it about a millisecond.
+pub(super) const SHORTEST_CLUSTER: u64 = 8_192;
+pub(super) const LONGEST_CLUSTER: u64 = 524_288;
+
+/// Time of a guest hypervisor on KVM that paid for the way.
+pub(super) const CLUSTER_WORTH_IT: Duration = Duration::from_micros(200);
+
+/// Instructions the software CPU executes at a time where KVM may not have the guest.
+pub(super) const UNFIT_BURST: u64 = 65_536;

@@ -12,9 +12,11 @@ use x86defs::rflags;
 
 use super::kick::{Running, SliceTimer, Target};
 use super::transfer::{ALL_IN_RUN_PAGE, Image};
+use super::traps::{Fit, Traps};
 use super::tsc::TscSync;
+use super::tunables::UNFIT_BURST;
 use super::user::UserShare;
-use super::{KvmVm, LostFeature, Share, convert, failed, ioctl};
+use super::{KvmVm, LostFeature, Share, convert, failed, ioctl, traps};
 use crate::engine::{Engine, EngineError};
 use crate::vcpu_signal::VcpuSignal;
 
@@ -31,6 +33,8 @@ const LONGEST_BURST: u64 = 4096;
 /// Where KVM would not stop as soon as a waiting interrupt can be taken, the software CPU goes on to that point, for
 /// this many instructions at a time.
 const WINDOW_BURST: u64 = 4096;
+/// CPUID.1:ECX.VMX.
+const CPUID_VMX: u32 = 1 << 5;
 
 /// What happened, for `--stats` and tests.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
@@ -69,6 +73,10 @@ pub struct Stats {
     pub user_stretches: u64,
     /// See above.
     pub user_micros: u64,
+    /// VMX instructions, and MOV to CR4, that came by a breakpoint on their exception's handler.
+    pub vmx_instructions: u64,
+    /// The same breakpoints for exceptions that are the guest's.
+    pub handlers_entered: u64,
     /// State moved into KVM.
     pub moved_in: u64,
     /// State moved out.
@@ -124,13 +132,15 @@ pub struct KvmVcpu {
     pub(super) cr8: u8,
     /// How long the software CPU ran when KVM gave up last, and when KVM was entered after that.
     burst: u64,
-    entered: Instant,
+    pub(super) entered: Instant,
     /// Where the last signal found the guest, if nothing has happened since.
     last_kick_at: Option<u64>,
     /// The software CPU's count when state was last moved out, or when it did nothing KVM must know of.
     instructions_seen: u64,
     warned_of_entry: bool,
     pub(super) user: UserShare,
+    /// Set where the guest is shown VMX and KVM executes its ring 0.
+    pub(super) traps: Option<Traps>,
     lost: Vec<LostFeature>,
     pub(super) stats: Stats,
 }
@@ -160,6 +170,11 @@ impl KvmVcpu {
         let target = Arc::new(Target::default());
         signal.set_kicker(Some(target.kicker()));
         let now = Instant::now();
+        let traps = if cpuid(1, 0)[2] & CPUID_VMX != 0 && vm.host.share == Share::All {
+            Some(traps::vmxe_bit(&fd)?)
+        } else {
+            None
+        };
         Ok(Self {
             image: Image::new(&vm.host, &fd)?,
             tsc: TscSync::new(&fd),
@@ -182,6 +197,7 @@ impl KvmVcpu {
             instructions_seen: 0,
             warned_of_entry: false,
             user: UserShare::default(),
+            traps: traps.map(Traps::new),
             lost,
             stats: Stats::default(),
         })
@@ -201,6 +217,7 @@ impl KvmVcpu {
         loop {
             let next = if self.resident { self.enter(cpu)? } else { self.start(cpu)? };
             let exit = match next {
+                Next::Again if self.resident && self.idt_changed(cpu) => self.move_home(cpu)?,
                 Next::Again => None,
                 Next::Home => self.move_home(cpu)?,
                 Next::Software(instructions) => {
@@ -234,6 +251,9 @@ impl KvmVcpu {
         }
         if self.may_miss_a_window(cpu, attention & Attention::INTERRUPT != 0) {
             return Ok(Next::Software(WINDOW_BURST));
+        }
+        if self.arm(cpu)? == Fit::Software {
+            return Ok(Next::Software(UNFIT_BURST));
         }
         let state = &cpu.state;
         let open = state.injected.is_none() && can_take_interrupts(state);
@@ -304,7 +324,11 @@ impl KvmVcpu {
             return Ok(Err(Next::Software(WINDOW_BURST)));
         }
         self.cr8 = cpu.bus().cr8();
-        let valid = if self.state_wanted && self.image.uses_run_page() { ALL_IN_RUN_PAGE } else { 0 };
+        let valid = match (self.image.uses_run_page(), self.state_wanted) {
+            (true, true) => ALL_IN_RUN_PAGE,
+            (true, false) if self.traps.is_some() => u64::from(kvm_bindings::KVM_SYNC_X86_SREGS),
+            _ => 0,
+        };
         let run = self.fd.get_kvm_run();
         run.request_interrupt_window = u8::from(wanted || cpu.want_interrupt_window);
         run.cr8 = u64::from(self.cr8);
@@ -343,7 +367,13 @@ impl KvmVcpu {
         self.refresh_translations(cpu)?;
         self.tsc.sync(&self.fd, cpu, self.tsc_hz)?;
         let nmi = self.signal.attention.take(Attention::NMI) != 0;
-        self.image.move_in(&mut self.fd, cpu, nmi)?;
+        let cr4 = cpu.state.cr4;
+        if let Some(traps) = &mut self.traps {
+            cpu.state.cr4 = traps.hide_vmxe(cr4);
+        }
+        let moved = self.image.move_in(&mut self.fd, cpu, nmi);
+        cpu.state.cr4 = cr4;
+        moved?;
         cpu.state.injected = None;
         self.stats.moved_in += 1;
         self.resident = true;
@@ -402,6 +432,9 @@ impl KvmVcpu {
 
     fn move_out(&mut self, cpu: &mut Cpu) -> Result<(), EngineError> {
         self.image.move_out(&self.fd, cpu, &self.signal.attention, self.in_run_page)?;
+        if let Some(traps) = &self.traps {
+            cpu.state.cr4 = traps.show_vmxe(cpu.state.cr4);
+        }
         self.stats.moved_out += 1;
         self.resident = false;
         self.instructions_seen = cpu.state.instructions;
@@ -514,6 +547,13 @@ impl Engine for KvmVcpu {
         // KVM knows nothing of the controls and tables that a guest of the guest runs under.
         if budget < EXACT_BUDGET || cpu.vmx.operation == Operation::NonRoot {
             return Ok(self.execute(cpu, budget).unwrap_or(Exit::Budget));
+        }
+        if let (Operation::Root, Some(traps)) = (cpu.vmx.operation, &self.traps) {
+            // What L1 does about an exit is mostly VMX instructions, each of which would be a way to KVM and back.
+            let burst = traps.cluster.budget().min(budget);
+            if let Some(exit) = self.execute(cpu, burst) {
+                return Ok(exit);
+            }
         }
         self.slice_end = Instant::now() + SLICE;
         let immediate_exit = &raw mut self.fd.get_kvm_run().immediate_exit;

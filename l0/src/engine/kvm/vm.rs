@@ -57,9 +57,9 @@ impl KvmVm {
         for (slot, &(start, len, _)) in (0..).zip(&ram.ranges) {
             vm.set_slot(slot, start, len, host_address(&vm.memory, start)?)?;
         }
-        vm.take_msrs()?;
+        take_msrs(&vm.fd)?;
         if vm.host.has_exit_on_emulation_failure {
-            vm.enable(KVM_CAP_EXIT_ON_EMULATION_FAILURE, 1, "emulation failures")?;
+            enable(&vm.fd, KVM_CAP_EXIT_ON_EMULATION_FAILURE, 1, "emulation failures")?;
         }
         Ok(vm)
     }
@@ -87,30 +87,6 @@ impl KvmVm {
         })
     }
 
-    fn enable(&self, cap: u32, argument: u64, what: &str) -> Result<(), EngineError> {
-        let cap = kvm_enable_cap { cap, args: [argument, 0, 0, 0], ..Default::default() };
-        self.fd.enable_cap(&cap).map_err(failed(format!("asking to be told of {what}")))
-    }
-
-    /// Lets KVM answer only the MSRs that it must know; all others, and whatever it refuses, exit to us.
-    fn take_msrs(&self) -> Result<(), EngineError> {
-        let reasons = KVM_MSR_EXIT_REASON_FILTER | KVM_MSR_EXIT_REASON_INVAL | KVM_MSR_EXIT_REASON_UNKNOWN;
-        self.enable(KVM_CAP_X86_USER_SPACE_MSR, u64::from(reasons), "MSR accesses")?;
-        let allowed = [0xffu8; 1];
-        let ranges: Vec<_> = msrs::KVM_ANSWERS
-            .iter()
-            .map(|range| MsrFilterRange {
-                flags: MsrFilterRangeFlags::READ | MsrFilterRangeFlags::WRITE,
-                base: *range.start(),
-                msr_count: range.end() - range.start() + 1,
-                bitmap: &allowed,
-            })
-            .collect();
-        self.fd
-            .set_msr_filter(MsrFilterDefaultAction::DENY, &ranges)
-            .map_err(failed("setting the MSR filter"))
-    }
-
     fn set_slot(&self, slot: u32, start: u64, len: u64, host: u64) -> Result<(), EngineError> {
         let region = kvm_userspace_memory_region {
             slot,
@@ -132,6 +108,28 @@ impl KvmVm {
         self.set_slot(SPARE_SLOT, SPARE_PAGE, 4096, host_address(&spare, 0)?)?;
         self.set_slot(SPARE_SLOT, SPARE_PAGE, 0, 0)
     }
+}
+
+fn enable(vm: &VmFd, cap: u32, argument: u64, what: &str) -> Result<(), EngineError> {
+    let cap = kvm_enable_cap { cap, args: [argument, 0, 0, 0], ..Default::default() };
+    vm.enable_cap(&cap).map_err(failed(format!("asking to be told of {what}")))
+}
+
+/// Lets KVM answer only the MSRs that it must know; all others, and whatever it refuses, exit to us.
+pub(super) fn take_msrs(vm: &VmFd) -> Result<(), EngineError> {
+    let reasons = KVM_MSR_EXIT_REASON_FILTER | KVM_MSR_EXIT_REASON_INVAL | KVM_MSR_EXIT_REASON_UNKNOWN;
+    enable(vm, KVM_CAP_X86_USER_SPACE_MSR, u64::from(reasons), "MSR accesses")?;
+    let allowed = [0xffu8; 1];
+    let ranges: Vec<_> = msrs::KVM_ANSWERS
+        .iter()
+        .map(|range| MsrFilterRange {
+            flags: MsrFilterRangeFlags::READ | MsrFilterRangeFlags::WRITE,
+            base: *range.start(),
+            msr_count: range.end() - range.start() + 1,
+            bitmap: &allowed,
+        })
+        .collect();
+    vm.set_msr_filter(MsrFilterDefaultAction::DENY, &ranges).map_err(failed("setting the MSR filter"))
 }
 
 fn host_address(memory: &GuestMemoryMmap<()>, start: u64) -> Result<u64, EngineError> {
