@@ -9,7 +9,7 @@ use nested_script::{NestedScript, assert_lines};
 const NESTED_XEN: NestedScript = NestedScript {
     name: "nested-xen",
     fetch_option: "--xen",
-    images: &["vmlinuz-full", "xen/hypervisor", "xen.img", "initrd-dom0.gz"],
+    images: &["xen/dom0-kernel", "xen/hypervisor", "xen.img", "initrd-dom0.gz"],
 };
 
 #[test]
