@@ -33,7 +33,7 @@ use attention::Attention;
 use block::BlockCache;
 use bus::Bus;
 use cpuid::CpuModel;
-use mmu::tlb::{DataEntry, Mode, Tlb};
+use mmu::tlb::{DataTable, Mode, Tlb};
 use phys::{Peer, PhysMemory};
 use state::{CpuState, Event};
 use trap::Fault;
@@ -78,7 +78,7 @@ pub struct Cpu {
     /// Details of a [`trap::Trap::Exit`].
     pub(crate) exit: Exit,
     /// Current data table; see `refresh_mode`.
-    pub(crate) data_table: *const DataEntry,
+    pub(crate) data_table: *const DataTable,
     pub(crate) data_mode: Mode,
     /// 16, 32 or 64.
     pub(crate) code_bits: u32,
@@ -123,7 +123,7 @@ impl Cpu {
     ) -> Self {
         let peer = memory.add_peer(Arc::clone(&attention));
         let tlb = Tlb::default();
-        let data_table = tlb.data(Mode::Slow).as_ptr();
+        let data_table: *const DataTable = tlb.data(Mode::Slow);
         let jit = jit::Hot::new(Arc::as_ptr(&attention));
         let mut cpu = Self {
             state: CpuState::reset(),

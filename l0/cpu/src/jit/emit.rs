@@ -142,6 +142,12 @@ impl Assembler {
         self.modrm(reg, mem);
     }
 
+    /// The same relative to GS.
+    fn rm_gs(&mut self, width: Width, opcode: &[u8], reg: Reg, mem: Mem) {
+        self.code.push(0x65);
+        self.rm(width, opcode, reg, mem);
+    }
+
     fn modrm(&mut self, reg: Reg, mem: Mem) {
         let reg = (reg & 7) << 3;
         let Some(base) = mem.base else {
@@ -179,6 +185,10 @@ impl Assembler {
 
     pub(super) fn load(&mut self, width: Width, to: Reg, mem: Mem) {
         self.rm(width, &[0x8b], to, mem);
+    }
+
+    pub(super) fn load_gs(&mut self, to: Reg, mem: Mem) {
+        self.rm_gs(B8, &[0x8b], to, mem);
     }
 
     pub(super) fn load_u16(&mut self, to: Reg, mem: Mem) {
@@ -246,6 +256,10 @@ impl Assembler {
         self.rm(width, &[(alu as u8) << 3 | 3], to, mem);
     }
 
+    pub(super) fn add_gs(&mut self, to: Reg, mem: Mem) {
+        self.rm_gs(B8, &[(Alu::Add as u8) << 3 | 3], to, mem);
+    }
+
     pub(super) fn alu_imm(&mut self, width: Width, alu: Alu, to: Reg, value: i32) {
         if let Ok(short) = i8::try_from(value) {
             self.rr(width, &[0x83], alu as u8, to);
@@ -291,6 +305,25 @@ impl Assembler {
     pub(super) fn shl32(&mut self, to: Reg, count: u8) {
         self.rr(B4, &[0xc1], 4, to);
         self.code.push(count);
+    }
+
+    /// PEXT, of BMI2: the bits that `mask` selects, close together. Leaves the flags alone.
+    pub(super) fn pext(&mut self, width: Width, to: Reg, from: Reg, mask: Mem) {
+        let base = mask.base.unwrap_or(0);
+        let extensions = (!to >> 3 & 1) << 7 | 1 << 6 | (!base >> 3 & 1) << 5;
+        let wide = u8::from(width == B8) << 7;
+        self.bytes(&[0xc4, extensions | 2, wide | (!from & 15) << 3 | 2, 0xf5]);
+        self.modrm(to, mask);
+    }
+
+    /// Over the jump that must come next, if RCX is zero.
+    pub(super) fn jrcxz_over_jump(&mut self) {
+        self.bytes(&[0xe3, 5]);
+    }
+
+    /// WRGSBASE, of FSGSBASE.
+    pub(super) fn write_gs_base(&mut self, from: Reg) {
+        self.bytes(&[0xf3, 0x48 | from >> 3, 0x0f, 0xae, 0xc0 | 3 << 3 | from & 7]);
     }
 
     pub(super) fn test32(&mut self, a: Reg, b: Reg) {

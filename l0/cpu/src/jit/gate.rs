@@ -8,8 +8,8 @@ use x86defs::vector;
 
 use super::JumpEntry;
 use super::emit::{
-    Alu, Assembler, B4, B8, Fixup, Mem, NOT_EQUAL, R8, R9, R10, R11, R12, R13, R14, R15, RAX, RBP, RBX, RCX,
-    RDI, RDX, RSI, RSP, Reg,
+    Alu, Assembler, B4, B8, EQUAL, Fixup, Mem, NOT_EQUAL, R8, R9, R10, R11, R12, R13, R14, R15, RAX, RBP,
+    RBX, RCX, RDI, RDX, RSI, RSP, Reg,
 };
 use crate::Cpu;
 use crate::op::Op;
@@ -112,6 +112,42 @@ pub(super) struct Gate {
     pub look_at: u64,
     /// Gets vector state into the host's registers: see [`super::vector::emit`].
     pub get_vector: u64,
+    /// What the host's processor has.
+    pub host: Host,
+}
+
+/// What translated code may use beyond what every host has.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Host {
+    /// PEXT, of BMI2, is fast: looking up an address can leave the flags alone.
+    pub pext: bool,
+    /// FSGSBASE: GS points to the TLB's table of data translations while translated code runs. Nothing else in this
+    /// process uses GS.
+    pub gs: bool,
+}
+
+impl Host {
+    fn detect() -> Self {
+        const HWCAP2_FSGSBASE: u64 = 2;
+        // SAFETY: reads the auxiliary vector.
+        let gs = unsafe { libc::getauxval(libc::AT_HWCAP2) } & HWCAP2_FSGSBASE != 0;
+        Self { pext: gs && std::is_x86_feature_detected!("bmi2") && !has_slow_pext(), gs }
+    }
+}
+
+/// AMD's processors before Zen 3 (family 19H) take a microcode loop for it.
+fn has_slow_pext() -> bool {
+    let vendor = std::arch::x86_64::__cpuid(0);
+    let signature = std::arch::x86_64::__cpuid(1).eax;
+    let family = (signature >> 8 & 15) + (signature >> 20 & 255);
+    vendor.ebx == u32::from_le_bytes(*b"Auth") && family < 0x19
+}
+
+/// GS to the current table of data translations, after it may have changed. Clobbers RCX.
+fn point_gs(asm: &mut Assembler) {
+    asm.load(B8, RCX, field(offset_of!(Cpu, data_table)));
+    asm.write_gs_base(RCX);
+    asm.store(B8, field(offset_of!(Cpu, jit.gs)), RCX);
 }
 
 impl Gate {
@@ -147,6 +183,10 @@ pub(super) fn emit(asm: &mut Assembler) -> Gate {
     asm.alu_imm(B8, Alu::Sub, RSP, 8);
     asm.mov(B8, RBP, RDI);
     asm.mov(B8, RAX, RSI);
+    let host = Host::detect();
+    if host.gs {
+        point_gs(asm);
+    }
     load_pinned(asm);
     asm.jump_register(RAX);
 
@@ -174,9 +214,16 @@ pub(super) fn emit(asm: &mut Assembler) -> Gate {
     asm.call_register(RAX);
     asm.alu_imm(B8, Alu::Add, RSP, 8);
     load_pinned(asm);
+    if host.gs {
+        asm.load(B8, RCX, field(offset_of!(Cpu, data_table)));
+        asm.alu_load(B8, Alu::Cmp, RCX, field(offset_of!(Cpu, jit.gs)));
+        let same = asm.jcc(EQUAL);
+        point_gs(asm);
+        asm.bind(same);
+    }
     asm.test32(RAX, RAX);
     asm.bytes(&[0xc3]);
-    Gate { enter, exit, call_op: call, look_at, get_vector: vectors.get }
+    Gate { enter, exit, call_op: call, look_at, get_vector: vectors.get, host }
 }
 
 /// Looks up RAX in the jump cache: on a hit RCX points to the entry; returns the jumps to take on a miss.

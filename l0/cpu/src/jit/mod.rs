@@ -48,6 +48,7 @@ mod vector;
 use crate::Cpu;
 use crate::attention::Attention;
 use crate::block::key;
+use crate::mmu::tlb::DATA_ENTRIES;
 use crate::native::CodeMemory;
 use crate::phys::CodePage;
 use crate::state::Seg;
@@ -96,6 +97,11 @@ pub(crate) struct Hot {
     vector: u32,
     /// MXCSR as Rust code expects it.
     host_mxcsr: u32,
+    /// What GS points to, in translated code.
+    gs: u64,
+    /// For PEXT: the bits of an address that are the TLB's index; then, for operands to be aligned to 1, 2, 4, … bytes,
+    /// the bits that a distance from the page's start must not have.
+    masks: [u64; 8],
 }
 
 impl Hot {
@@ -111,6 +117,11 @@ impl Hot {
             target: 0,
             vector: 0,
             host_mxcsr: vector::HOST_MXCSR,
+            gs: 0,
+            masks: std::array::from_fn(|i| match i {
+                0 => (DATA_ENTRIES as u64 - 1) << 12,
+                _ => !4095 | ((1 << (i - 1)) - 1),
+            }),
         }
     }
 

@@ -14,7 +14,7 @@ use crate::Cpu;
 use crate::phys::{PhysMemory, Word};
 use crate::state::{Activity, Seg};
 use crate::trap::{Exec, Fault, Trap};
-use tlb::{DataEntry, EMPTY, FetchEntry, GLOBAL, LARGE, Mode, Regime, SpaceTag, data_index};
+use tlb::{DataEntry, FetchEntry, GLOBAL, LARGE, Mode, Regime, SpaceTag, data_index, no_page};
 use walk::{Access, Direct, Failure, Nested, Privilege, Translation, translate};
 
 /// Where one piece (within a page) of a slow access goes.
@@ -33,7 +33,7 @@ impl Cpu {
     #[inline(always)]
     pub fn load<T: Word>(&mut self, linear: u64) -> Exec<T> {
         let entry = self.data_entry(linear);
-        if entry.read == linear.wrapping_add(T::SIZE as u64 - 1) & !4095 {
+        if entry.reads(linear, T::SIZE) {
             // SAFETY: the tag matched for the access's last byte, and the index was its first byte's: the access
             // lies in the entry's page of RAM.
             return Ok(unsafe { T::load(entry.addend.wrapping_add(linear) as *const u8) });
@@ -45,7 +45,7 @@ impl Cpu {
     #[inline(always)]
     pub fn store<T: Word>(&mut self, linear: u64, value: T) -> Exec {
         let entry = self.data_entry(linear);
-        if entry.write == linear.wrapping_add(T::SIZE as u64 - 1) & !4095 {
+        if entry.writes(linear, T::SIZE) {
             // SAFETY: as in `load`; a write tag is set only where writing is allowed and no code is (TLB-1).
             unsafe { T::store(entry.addend.wrapping_add(linear) as *mut u8, value) };
             return Ok(());
@@ -58,7 +58,7 @@ impl Cpu {
     #[inline(always)]
     pub fn modify<T: Word>(&mut self, linear: u64, f: impl FnOnce(&mut u16, T) -> T) -> Exec {
         let entry = self.data_entry(linear);
-        if entry.write == linear.wrapping_add(T::SIZE as u64 - 1) & !4095 {
+        if entry.writes(linear, T::SIZE) {
             let at = entry.addend.wrapping_add(linear) as *mut u8;
             // SAFETY: as in `store`; a writable page is readable.
             unsafe {
@@ -75,22 +75,21 @@ impl Cpu {
     #[inline(always)]
     pub(crate) fn fast_write_pointer(&self, linear: u64, size: usize) -> Option<*mut u8> {
         let entry = self.data_entry(linear);
-        (entry.write == linear.wrapping_add(size as u64 - 1) & !4095)
-            .then(|| entry.addend.wrapping_add(linear) as *mut u8)
+        entry.writes(linear, size).then(|| entry.addend.wrapping_add(linear) as *mut u8)
     }
 
     /// Host pointer to `linear` if the current privilege may read its page through the fast path.
     #[inline(always)]
     pub(crate) fn fast_read_pointer(&self, linear: u64) -> Option<*mut u8> {
         let entry = self.data_entry(linear);
-        (entry.read == linear & !4095).then(|| entry.addend.wrapping_add(linear) as *mut u8)
+        entry.reads(linear, 1).then(|| entry.addend.wrapping_add(linear) as *mut u8)
     }
 
     #[inline(always)]
     fn data_entry(&self, linear: u64) -> DataEntry {
         // SAFETY: `data_table` always points to the current table of `self.tlb` (see `refresh_mode`), which lives
-        // in a box that is never freed while the CPU lives, and the index is masked to its size.
-        unsafe { *self.data_table.add(data_index(linear)) }
+        // in a box that is never freed while the CPU lives.
+        unsafe { (*self.data_table).entry(linear) }
     }
 
     #[cold]
@@ -252,11 +251,11 @@ impl Cpu {
 
     /// Host address of an access of the processor's own, or with a chosen privilege, if the TLB allows it.
     fn remembered(&self, linear: u64, size: usize, access: Access, privilege: Privilege) -> Option<*mut u8> {
-        let entry = self.tlb.data(self.table_of(privilege))[data_index(linear)];
-        let tag = if access == Access::Write { entry.write } else { entry.read };
-        let last = linear.wrapping_add(size.max(1) as u64 - 1);
-        let page = linear & !4095;
-        (tag == page && last & !4095 == page).then(|| entry.addend.wrapping_add(linear) as *mut u8)
+        let entry = self.tlb.data(self.table_of(privilege)).entry(linear);
+        let size = size.max(1);
+        let allowed =
+            if access == Access::Write { entry.writes(linear, size) } else { entry.reads(linear, size) };
+        allowed.then(|| entry.addend.wrapping_add(linear) as *mut u8)
     }
 
     /// The data table whose entries are for accesses with `privilege`.
@@ -367,8 +366,8 @@ impl Cpu {
         }
         let info = to.physical | if to.global { GLOBAL } else { 0 } | if to.large { LARGE } else { 0 };
         let entry = DataEntry {
-            read: page,
-            write: if can_write { page } else { EMPTY },
+            read: page.wrapping_neg(),
+            write: if can_write { page.wrapping_neg() } else { no_page(data_index(page)) },
             addend: (host as u64).wrapping_sub(page),
             info,
         };
@@ -483,7 +482,7 @@ impl Cpu {
         } else {
             Mode::Supervisor
         };
-        self.data_table = self.tlb.data(self.data_mode).as_ptr();
+        self.data_table = self.tlb.data(self.data_mode);
         let flat = self.code_bits == 64;
         for (i, base) in self.linear_base.iter_mut().enumerate().take(6) {
             *base = if flat && i < 4 { 0 } else { self.state.segments[i].base };

@@ -14,26 +14,51 @@ pub const DATA_ENTRIES: usize = 512;
 pub const FETCH_ENTRIES: usize = 1024;
 /// Address spaces kept at once: the half-dozen process contexts that Linux uses, for a hypervisor and three guests.
 pub const SPACES: usize = 24;
-/// Tag of an empty entry: no page address has its low bits set.
+/// Tag of an empty fetch entry: no page address has its low bits set.
 pub const EMPTY: u64 = u64::MAX;
 
 /// One data translation. `addend` + linear address = host address.
 #[derive(Clone, Copy, Debug)]
-#[repr(C, align(32))]
 pub struct DataEntry {
+    /// The page that may be read, negated: an address in the page plus this is its offset there. [`no_page`] if none.
     pub read: u64,
+    /// The page that may be written, likewise.
     pub write: u64,
     pub addend: u64,
     /// Physical page address, and in the low bits [`GLOBAL`] and [`LARGE`].
     pub info: u64,
 }
 
+impl DataEntry {
+    /// Whether `size` bytes at `linear` may be read; they lie in one page then.
+    #[inline(always)]
+    pub fn reads(&self, linear: u64, size: usize) -> bool {
+        holds(self.read, linear, size)
+    }
+
+    /// Whether they may be written.
+    #[inline(always)]
+    pub fn writes(&self, linear: u64, size: usize) -> bool {
+        holds(self.write, linear, size)
+    }
+}
+
+/// An entry is looked at by its index only, which is that of the first byte: if the last byte is in its page, so is the
+/// first.
+#[inline(always)]
+fn holds(tag: u64, linear: u64, size: usize) -> bool {
+    linear.wrapping_add(size as u64 - 1).wrapping_add(tag) < 4096
+}
+
+/// Tag of nothing: a page that does not belong at `index`, nor beside it.
+pub fn no_page(index: usize) -> u64 {
+    (((index ^ DATA_ENTRIES / 2) as u64) << 12).wrapping_neg()
+}
+
 /// `info`: the translation is global.
 pub const GLOBAL: u64 = 1;
 /// `info`: part of a page larger than 4 KiB.
 pub const LARGE: u64 = 2;
-
-const NO_DATA: DataEntry = DataEntry { read: EMPTY, write: EMPTY, addend: 0, info: 0 };
 
 /// One instruction-fetch translation.
 #[derive(Clone, Copy, Debug)]
@@ -47,70 +72,115 @@ pub struct FetchEntry {
 
 const NO_FETCH: FetchEntry = FetchEntry { page: EMPTY, physical: 0, info: 0 };
 
-/// An entry of either kind.
-trait Entry: Copy {
-    const EMPTY: Self;
-    /// [`GLOBAL`] and [`LARGE`].
-    fn info(&self) -> u64;
-}
+/// Which entries may be filled, so that emptying costs no more than filling did.
+struct Filled<const WORDS: usize>([u64; WORDS]);
 
-impl Entry for DataEntry {
-    const EMPTY: Self = NO_DATA;
-    fn info(&self) -> u64 {
-        self.info
-    }
-}
-
-impl Entry for FetchEntry {
-    const EMPTY: Self = NO_FETCH;
-    fn info(&self) -> u64 {
-        self.info
-    }
-}
-
-/// Entries, and which of them may be filled, so that emptying costs no more than filling did.
-struct Table<E, const SIZE: usize, const WORDS: usize> {
-    entries: [E; SIZE],
-    filled: [u64; WORDS],
-}
-
-impl<E: Entry, const SIZE: usize, const WORDS: usize> Table<E, SIZE, WORDS> {
-    const NEW: Self = {
-        assert!(SIZE == 64 * WORDS);
-        Self { entries: [E::EMPTY; SIZE], filled: [0; WORDS] }
-    };
-
-    fn insert(&mut self, index: usize, entry: E) {
-        self.entries[index] = entry;
-        self.filled[index / 64] |= 1 << (index % 64);
+impl<const WORDS: usize> Filled<WORDS> {
+    fn note(&mut self, index: usize) {
+        self.0[index / 64] |= 1 << (index % 64);
     }
 
-    fn for_each(&mut self, mut f: impl FnMut(&mut E)) {
-        for (word, entries) in self.filled.iter().zip(self.entries.chunks_exact_mut(64)) {
+    fn for_each(&self, mut f: impl FnMut(usize)) {
+        for (number, word) in self.0.iter().enumerate() {
             let mut left = *word;
             while left != 0 {
-                f(&mut entries[left.trailing_zeros() as usize]);
+                f(number * 64 + left.trailing_zeros() as usize);
                 left &= left - 1;
             }
         }
     }
+}
 
-    fn empty_if(&mut self, goes: impl Fn(&E) -> bool) {
-        self.for_each(|e| {
-            if goes(e) {
-                *e = E::EMPTY;
+/// The fields of entries, each in an array of its own: what translated code indexes by eight bytes.
+#[repr(C)]
+pub struct DataTable {
+    pub read: [u64; DATA_ENTRIES],
+    pub write: [u64; DATA_ENTRIES],
+    pub addend: [u64; DATA_ENTRIES],
+    info: [u64; DATA_ENTRIES],
+    filled: Filled<{ DATA_ENTRIES / 64 }>,
+}
+
+impl DataTable {
+    fn new() -> Self {
+        Self {
+            read: std::array::from_fn(no_page),
+            write: std::array::from_fn(no_page),
+            addend: [0; DATA_ENTRIES],
+            info: [0; DATA_ENTRIES],
+            filled: Filled([0; DATA_ENTRIES / 64]),
+        }
+    }
+
+    /// The entry for `linear`.
+    #[inline(always)]
+    pub fn entry(&self, linear: u64) -> DataEntry {
+        let i = data_index(linear);
+        DataEntry { read: self.read[i], write: self.write[i], addend: self.addend[i], info: self.info[i] }
+    }
+
+    fn insert(&mut self, index: usize, entry: DataEntry) {
+        self.read[index] = entry.read;
+        self.write[index] = entry.write;
+        self.addend[index] = entry.addend;
+        self.info[index] = entry.info;
+        self.filled.note(index);
+    }
+
+    fn remove(&mut self, index: usize) {
+        self.read[index] = no_page(index);
+        self.write[index] = no_page(index);
+    }
+
+    fn empty_if(&mut self, goes: impl Fn(u64) -> bool) {
+        let Self { read, write, info, filled, .. } = self;
+        filled.for_each(|i| {
+            if goes(info[i]) {
+                (read[i], write[i]) = (no_page(i), no_page(i));
             }
         });
     }
 
     fn empty(&mut self) {
-        self.for_each(|e| *e = E::EMPTY);
-        self.filled = [0; WORDS];
+        self.empty_if(|_| true);
+        self.filled.0.fill(0);
+    }
+
+    fn forget_writes(&mut self) {
+        let Self { write, filled, .. } = self;
+        filled.for_each(|i| write[i] = no_page(i));
     }
 }
 
-type DataTable = Table<DataEntry, DATA_ENTRIES, { DATA_ENTRIES / 64 }>;
-type FetchTable = Table<FetchEntry, FETCH_ENTRIES, { FETCH_ENTRIES / 64 }>;
+struct FetchTable {
+    entries: [FetchEntry; FETCH_ENTRIES],
+    filled: Filled<{ FETCH_ENTRIES / 64 }>,
+}
+
+impl FetchTable {
+    fn new() -> Self {
+        Self { entries: [NO_FETCH; FETCH_ENTRIES], filled: Filled([0; FETCH_ENTRIES / 64]) }
+    }
+
+    fn insert(&mut self, index: usize, entry: FetchEntry) {
+        self.entries[index] = entry;
+        self.filled.note(index);
+    }
+
+    fn empty_if(&mut self, goes: impl Fn(u64) -> bool) {
+        let Self { entries, filled } = self;
+        filled.for_each(|i| {
+            if goes(entries[i].info) {
+                entries[i] = NO_FETCH;
+            }
+        });
+    }
+
+    fn empty(&mut self) {
+        self.empty_if(|_| true);
+        self.filled.0.fill(0);
+    }
+}
 
 /// Which data table an access uses.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -170,8 +240,8 @@ impl Space {
             epoch: 0,
             regime: Regime::default(),
             used: 0,
-            data: [const { DataTable::NEW }; 4],
-            fetch: [const { FetchTable::NEW }; 2],
+            data: std::array::from_fn(|_| DataTable::new()),
+            fetch: std::array::from_fn(|_| FetchTable::new()),
             large: (u64::MAX, 0),
             keys: false,
             clean: true,
@@ -182,8 +252,8 @@ impl Space {
         if self.clean {
             return;
         }
-        self.data.iter_mut().for_each(Table::empty);
-        self.fetch.iter_mut().for_each(Table::empty);
+        self.data.iter_mut().for_each(DataTable::empty);
+        self.fetch.iter_mut().for_each(FetchTable::empty);
         self.large = (u64::MAX, 0);
         self.keys = false;
         self.clean = true;
@@ -197,8 +267,8 @@ impl Space {
     }
 
     fn empty_if(&mut self, goes: impl Fn(u64) -> bool) {
-        self.data.iter_mut().for_each(|t| t.empty_if(|e| goes(e.info())));
-        self.fetch.iter_mut().for_each(|t| t.empty_if(|e| goes(e.info())));
+        self.data.iter_mut().for_each(|t| t.empty_if(&goes));
+        self.fetch.iter_mut().for_each(|t| t.empty_if(&goes));
     }
 
     fn flush_page(&mut self, linear: u64, keep_global: bool) {
@@ -212,9 +282,9 @@ impl Space {
             self.empty_if(|info| info & LARGE != 0 && !kept(info));
         }
         for table in &mut self.data {
-            let entry = &mut table.entries[data_index(page)];
-            if (entry.read == page || entry.write == page) && !kept(entry.info) {
-                *entry = NO_DATA;
+            let entry = table.entry(page);
+            if (entry.reads(page, 1) || entry.writes(page, 1)) && !kept(entry.info) {
+                table.remove(data_index(page));
             }
         }
         for table in &mut self.fetch {
@@ -263,8 +333,8 @@ impl Default for Tlb {
 impl Tlb {
     /// The data table of `mode` in the current space.
     #[inline(always)]
-    pub fn data(&self, mode: Mode) -> &[DataEntry; DATA_ENTRIES] {
-        &self.spaces[self.current].data[mode as usize].entries
+    pub fn data(&self, mode: Mode) -> &DataTable {
+        &self.spaces[self.current].data[mode as usize]
     }
 
     /// The fetch entry for `linear`, user or supervisor.
@@ -354,14 +424,14 @@ impl Tlb {
     /// Drops every fast write translation (CODE-1); reads stay.
     pub fn forget_writes(&mut self) {
         for space in self.spaces.iter_mut().filter(|s| !s.clean) {
-            space.data.iter_mut().for_each(|t| t.for_each(|e| e.write = EMPTY));
+            space.data.iter_mut().for_each(DataTable::forget_writes);
         }
     }
 
     /// PKRU changed: drops data translations in spaces with protection keys in use.
     pub fn protection_keys_changed(&mut self) {
         for space in self.spaces.iter_mut().filter(|s| s.keys) {
-            space.data.iter_mut().for_each(Table::empty);
+            space.data.iter_mut().for_each(DataTable::empty);
         }
     }
 

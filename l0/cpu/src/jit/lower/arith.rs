@@ -6,7 +6,7 @@ use std::sync::OnceLock;
 use iced_x86::{Code, Instruction, Mnemonic, OpKind};
 
 use super::memory::{For, replace_memory};
-use super::{Lowering, Use, flag_use};
+use super::{Flags, Lowering, Use, flag_use};
 use crate::jit::emit::{EQUAL, RAX, RCX, RDX};
 
 impl Lowering<'_> {
@@ -44,12 +44,13 @@ impl Lowering<'_> {
             Use::Changes => self.live[at],
             Use::None | Use::Sets => false,
         };
-        if needs_flags {
+        let loads_flags = needs_flags && self.flags == Flags::Saved;
+        if loads_flags {
             self.join_address();
             self.load_flags();
         }
         let mut host = plain(insn);
-        replace_memory(&mut host, needs_flags);
+        replace_memory(&mut host, loads_flags);
         // One register to load at most, or a count in CL.
         let back = self.replace_registers(&mut host, [RCX, RCX]);
         self.asm.guest(&host);

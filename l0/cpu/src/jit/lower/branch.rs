@@ -79,6 +79,7 @@ impl Lowering<'_> {
     }
 
     fn call(&mut self, at: usize, insn: &Instruction) {
+        self.clobber_flags();
         let looked = self.look_up_push();
         self.address(RCX, insn.next_ip() as i64);
         self.asm.store(B8, self.operand(), RCX);
@@ -89,14 +90,14 @@ impl Lowering<'_> {
 
     /// The target of an indirect branch into RAX, and the jump to its handler if that was not possible.
     fn indirect_target(&mut self, insn: &Instruction) -> Option<super::Fixup> {
+        self.clobber_flags();
         if insn.op0_kind() == OpKind::Register {
-            self.clobber_flags();
             self.read_guest(RAX, number(insn.op0_register()));
             return None;
         }
         let looked = self.look_up_operand(insn, For::Reading);
         self.asm.load(B8, RAX, self.operand());
-        Some(Self::miss(&looked))
+        Some(looked.miss)
     }
 
     /// What is not in the jump cache may not be canonical: nothing is done before it was found there.
@@ -104,8 +105,8 @@ impl Lowering<'_> {
         let miss = self.indirect_target(insn);
         let [rip, key] = emit_lookup(self.asm);
         emit_follow(self.asm);
-        self.or_handler(at, [Some(rip), Some(key)]);
-        self.or_handler(at, [miss, None]);
+        self.or_handler(at, [Some(rip), Some(key)], self.flags);
+        self.or_handler(at, [miss, None], self.flags);
     }
 
     /// The target is looked up before the push, so that a call that misses has done nothing, and once more after it,
@@ -121,11 +122,12 @@ impl Lowering<'_> {
         self.write_guest(RSP, RDX);
         self.asm.load(B8, RAX, target);
         self.dispatch();
-        self.or_handler(at, [Some(rip), Some(key)]);
-        self.or_handler(at, [miss, Some(Self::miss(&looked))]);
+        self.or_handler(at, [Some(rip), Some(key)], self.flags);
+        self.or_handler(at, [miss, Some(looked.miss)], self.flags);
     }
 
     fn ret(&mut self, at: usize, insn: &Instruction) {
+        self.clobber_flags();
         let looked = self.look_up_pop(RSP);
         self.asm.load(B8, RAX, self.operand());
         let [rip, key] = emit_lookup(self.asm);
@@ -134,7 +136,7 @@ impl Lowering<'_> {
         self.asm.lea(B8, RDX, Mem::at(rsp, 8 + released));
         self.write_guest(RSP, RDX);
         emit_follow(self.asm);
-        self.or_handler(at, [Some(rip), Some(key)]);
+        self.or_handler(at, [Some(rip), Some(key)], self.flags);
         self.looked(at, looked);
     }
 

@@ -1,19 +1,23 @@
 //! Memory operands: the software TLB looked up inline.
 //!
-//! The compare is the interpreter's ([`crate::mmu`]): the tag of the entry for the first byte against the page of the
-//! last one. On a miss the whole instruction is done by its handler.
+//! The test is the interpreter's ([`crate::mmu`]): the last byte's distance from the page of the first one's entry. On a
+//! miss the whole instruction is done by its handler.
+//!
+//! Status flags that are in the host's flags only stay there: the lookup then uses instructions that leave them alone,
+//! and it is the way to the handler that saves them. So flags that nobody asks for are never saved.
 
 use std::mem::offset_of;
 
 use iced_x86::{Instruction, Register};
 
 use super::registers::number;
-use super::{Aside, Lowering};
+use super::{Aside, Flags, Lowering};
 use crate::Cpu;
 use crate::interp::operands::memory_segment;
+use crate::jit::Hot;
 use crate::jit::emit::{Alu, B4, B8, Fixup, Mem, NOT_EQUAL, RAX, RCX, RDX, Reg};
 use crate::jit::gate::field;
-use crate::mmu::tlb::{DATA_ENTRIES, DataEntry};
+use crate::mmu::tlb::{DATA_ENTRIES, DataTable};
 use crate::state::Seg;
 
 /// What an access needs.
@@ -25,33 +29,33 @@ pub(super) enum For {
 
 /// A looked-up operand: `[RDX + RAX]`, or RDX alone after [`Lowering::join_address`].
 pub(super) struct Looked {
-    miss: Fixup,
+    pub miss: Fixup,
+    /// Where the flags are at the miss.
+    pub flags: Flags,
 }
 
 impl Lowering<'_> {
-    /// Looks up the memory operand. Clobbers RAX, RCX, RDX and the host's flags, which were saved.
+    /// Looks up the memory operand. Clobbers RAX, RCX, RDX.
     pub(super) fn look_up_operand(&mut self, insn: &Instruction, access: For) -> Looked {
-        self.clobber_flags();
         self.effective_address(insn);
         self.look_up(insn.memory_size().size() as i32, access)
     }
 
     /// The same for an operand of a vector instruction; `aligned` ones that are not miss.
     pub(super) fn look_up_vector(&mut self, insn: &Instruction, access: For, aligned: bool) -> Looked {
-        self.clobber_flags();
         self.effective_address(insn);
         let size = insn.memory_size().size() as i32;
-        // The low bits stay in what is compared with a page's address, and an aligned operand crosses no page.
-        if aligned { self.look_up_masked(0, -4096 | (size - 1), access) } else { self.look_up(size, access) }
+        // An aligned operand crosses no page.
+        if aligned { self.look_up_aligned(0, size, access) } else { self.look_up(size, access) }
     }
 
-    /// The operand's linear address into RDX. Clobbers RAX and the host's flags.
+    /// The operand's linear address into RDX. Clobbers RAX, but not the flags.
     fn effective_address(&mut self, insn: &Instruction) {
         self.operand_offset(RDX, insn);
         let segment = memory_segment(insn);
         if matches!(segment, Seg::Fs | Seg::Gs) {
-            let base = field(offset_of!(Cpu, linear_base) + segment as usize * 8);
-            self.asm.alu_load(B8, Alu::Add, RDX, base);
+            self.asm.load(B8, RAX, field(offset_of!(Cpu, linear_base) + segment as usize * 8));
+            self.asm.lea(B8, RDX, Mem { base: Some(RDX), index: Some((RAX, 0)), disp: 0 });
         }
     }
 
@@ -78,34 +82,60 @@ impl Lowering<'_> {
         }
     }
 
-    /// Looks up the `size` bytes at RDX.
+    /// Looks up the `size` bytes at RDX. Clobbers RAX and RCX.
     pub(super) fn look_up(&mut self, size: i32, access: For) -> Looked {
-        self.look_up_masked(size - 1, -4096, access)
+        self.look_up_aligned(size - 1, 1, access)
     }
 
-    /// Looks up the page of RDX if the byte `last` after it, under `mask`, is that page's address.
-    fn look_up_masked(&mut self, last: i32, mask: i32, access: For) -> Looked {
-        const { assert!(size_of::<DataEntry>() == 32) };
+    /// Looks up the page of RDX, if the byte `last` after it is in that page as well, and aligned so.
+    fn look_up_aligned(&mut self, last: i32, alignment: i32, access: For) -> Looked {
+        let host = self.gate.host;
+        if self.flags == Flags::Host && host.pext {
+            return self.look_up_keeping_flags(last, alignment, access);
+        }
+        self.clobber_flags();
         let asm = &mut *self.asm;
-        // Index times size of an entry in one go: bits 12 and up of the address, moved down to bit 5.
-        asm.mov(B4, RAX, RDX);
-        asm.shr32(RAX, 12 - 5);
-        asm.alu_imm(B4, Alu::And, RAX, ((DATA_ENTRIES - 1) << 5) as i32);
-        asm.alu_load(B8, Alu::Add, RAX, field(offset_of!(Cpu, data_table)));
+        // The index of the entry, times eight where the operand cannot be.
+        if host.pext {
+            asm.pext(B4, RAX, RDX, masks(0));
+        } else {
+            asm.mov(B4, RAX, RDX);
+            asm.shr32(RAX, 12 - 3);
+            asm.alu_imm(B4, Alu::And, RAX, ((DATA_ENTRIES - 1) << 3) as i32);
+        }
         if last == 0 {
             asm.mov(B8, RCX, RDX);
         } else {
             asm.lea(B8, RCX, Mem::at(RDX, last));
         }
-        asm.alu_imm(B8, Alu::And, RCX, mask);
-        let tag = match access {
-            For::Reading => offset_of!(DataEntry, read),
-            For::Writing => offset_of!(DataEntry, write),
-        };
-        asm.alu_load(B8, Alu::Cmp, RCX, Mem::at(RAX, tag as i32));
+        asm.alu_imm(B8, Alu::And, RCX, -4096 | (alignment - 1));
+        let (tag, addend) = (table(RAX, tags(access)), table(RAX, offset_of!(DataTable, addend)));
+        if host.pext {
+            asm.add_gs(RCX, tag);
+        } else {
+            asm.alu_load(B8, Alu::Add, RAX, field(offset_of!(Cpu, data_table)));
+            asm.alu_load(B8, Alu::Add, RCX, Mem::at(RAX, tag.disp));
+        }
         let miss = asm.jcc(NOT_EQUAL);
-        asm.load(B8, RAX, Mem::at(RAX, offset_of!(DataEntry, addend) as i32));
-        Looked { miss }
+        if host.pext {
+            asm.load_gs(RAX, addend);
+        } else {
+            asm.load(B8, RAX, Mem::at(RAX, addend.disp));
+        }
+        Looked { miss, flags: self.flags }
+    }
+
+    fn look_up_keeping_flags(&mut self, last: i32, alignment: i32, access: For) -> Looked {
+        let asm = &mut *self.asm;
+        asm.pext(B4, RAX, RDX, masks(0));
+        asm.load_gs(RCX, table(RAX, tags(access)));
+        asm.lea(B8, RCX, Mem { base: Some(RDX), index: Some((RCX, 0)), disp: last });
+        // What is left of the distance without the bits that it may have: nothing.
+        asm.pext(B8, RCX, RCX, masks(1 + alignment.trailing_zeros() as usize));
+        asm.jrcxz_over_jump();
+        let miss = asm.jmp();
+        asm.load_gs(RAX, table(RAX, offset_of!(DataTable, addend)));
+        Looked { miss, flags: Flags::Host }
     }
 
     /// What was looked up, as an operand.
@@ -115,24 +145,38 @@ impl Lowering<'_> {
 
     /// Makes the operand RDX alone: RAX is free.
     pub(super) fn join_address(&mut self) {
-        self.asm.alu(B8, Alu::Add, RDX, RAX);
+        let operand = self.operand();
+        self.asm.lea(B8, RDX, operand);
     }
 
     /// The instruction's code is complete: after a miss its handler comes back here.
     pub(super) fn looked(&mut self, number: usize, looked: Looked) {
-        self.or_handler(number, [Some(looked.miss), None]);
+        self.or_handler(number, [Some(looked.miss), None], looked.flags);
     }
 
-    /// The same for any jumps to the handler.
-    pub(super) fn or_handler(&mut self, number: usize, jumps: [Option<Fixup>; 2]) {
+    /// The same for any jumps to the handler, where the flags are in `before`.
+    pub(super) fn or_handler(&mut self, number: usize, jumps: [Option<Fixup>; 2], before: Flags) {
         let resume = self.asm.here();
         let (flags, vector) = (self.flags, self.vector);
-        self.asides.push(Aside::Handler { jumps, number, resume, flags, vector });
+        self.asides.push(Aside::Handler { jumps, number, resume, before, flags, vector });
     }
+}
 
-    pub(super) fn miss(looked: &Looked) -> Fixup {
-        looked.miss
+/// The fields of the table entry at index RAX.
+fn table(index: Reg, array: usize) -> Mem {
+    Mem { base: None, index: Some((index, 3)), disp: array as i32 }
+}
+
+fn tags(access: For) -> usize {
+    match access {
+        For::Reading => offset_of!(DataTable, read),
+        For::Writing => offset_of!(DataTable, write),
     }
+}
+
+/// See [`Hot::masks`].
+fn masks(number: usize) -> Mem {
+    field(offset_of!(Cpu, jit) + offset_of!(Hot, masks) + number * 8)
 }
 
 /// Replaces the memory operand by what was looked up.

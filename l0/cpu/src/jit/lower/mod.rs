@@ -64,7 +64,15 @@ enum Use {
 /// Code that is rarely needed, after the block's own.
 enum Aside {
     /// The instruction `number` by its handler; then on at `resume` unless it was the last.
-    Handler { jumps: [Option<Fixup>; 2], number: usize, resume: usize, flags: Flags, vector: u32 },
+    Handler {
+        jumps: [Option<Fixup>; 2],
+        number: usize,
+        resume: usize,
+        /// Where the flags are at the jumps, and where they are to be at `resume`.
+        before: Flags,
+        flags: Flags,
+        vector: u32,
+    },
     /// Vector state that the instruction `number` needs, and otherwise its handler; then on at `resume`.
     GetVector { jump: Fixup, number: usize, needs: u32, resume: usize },
     /// Return to the run loop at the trace's start, from before and from after it was counted.
@@ -280,8 +288,10 @@ impl Lowering<'_> {
                 self.asm.bind(jump);
                 self.write_get_vector(number, needs, resume);
             }
-            Aside::Handler { jumps, number, resume, flags, vector } => {
+            Aside::Handler { jumps, number, resume, before, flags, vector } => {
                 jumps.into_iter().flatten().for_each(|jump| self.asm.bind(jump));
+                self.flags = before;
+                self.save_flags();
                 self.call_op(number);
                 if self.is_last(number) {
                     return self.asm.jump_to(self.gate.exit);

@@ -21,7 +21,6 @@ impl Lowering<'_> {
 
     /// Looks up where a push goes: RDX becomes the new stack pointer.
     pub(super) fn look_up_push(&mut self) -> Looked {
-        self.clobber_flags();
         let rsp = self.guest_in(RSP, RDX);
         self.asm.lea(B8, RDX, Mem::at(rsp, -8));
         self.look_up(8, For::Writing)
@@ -29,7 +28,6 @@ impl Lowering<'_> {
 
     /// Looks up the top of the stack: RDX is the stack pointer.
     pub(super) fn look_up_pop(&mut self, from: usize) -> Looked {
-        self.clobber_flags();
         self.read_guest(RDX, from);
         self.look_up(8, For::Reading)
     }
