@@ -36,6 +36,8 @@ pub(super) struct Flow<'a> {
     pub limit: usize,
     /// Makes pieces that only occur in one kind of program.
     pub extra: Option<fn(&mut Flow)>,
+    /// A stack that is there whatever becomes of the arena's pages; most calls use it if there is one.
+    pub safe_stack: Option<u64>,
 }
 
 impl<'a> Flow<'a> {
@@ -52,6 +54,7 @@ impl<'a> Flow<'a> {
             writable: false,
             limit,
             extra: None,
+            safe_stack: None,
         }
     }
 
@@ -172,18 +175,23 @@ impl<'a> Flow<'a> {
     }
 
     fn counted_loop(&mut self, depth: u32) {
+        let turns = 1 + self.random.below(if depth > 1 { 8 } else { 40 });
+        let pieces = 1 + self.random.below(3);
+        self.repeat(turns, |flow| flow.body(pieces, depth - 1));
+    }
+
+    /// `turns` times what `body` writes, or once something else if no register is left to count in.
+    pub fn repeat(&mut self, turns: u64, body: impl FnOnce(&mut Self)) {
         let free: Vec<Register> =
             COUNTERS.into_iter().filter(|counter| !self.filler.kept.contains(counter)).collect();
         if free.is_empty() {
             return self.quick();
         }
         let counter = self.random.pick(&free);
-        let turns = 1 + self.random.below(if depth > 1 { 8 } else { 40 });
         self.load(counter, turns);
         self.filler.kept.push(counter);
         let start = self.here();
-        let pieces = 1 + self.random.below(3);
-        self.body(pieces, depth - 1);
+        body(self);
         self.filler.kept.pop();
         let number = counter.number() as u8;
         let rex = 0x48 | number >> 3;
@@ -208,6 +216,15 @@ impl<'a> Flow<'a> {
         self.load(Register::RSP, stack);
     }
 
+    /// One with room for certain.
+    pub fn good_stack(&mut self) {
+        let stack = match self.safe_stack {
+            Some(stack) if self.random.chance(85) => stack,
+            _ => self.base() + DATA + 0x800 + (self.random.below(0x1000) & !7),
+        };
+        self.load(Register::RSP, stack);
+    }
+
     /// A free register as the target of a jump or call.
     fn target_register(&mut self) -> Option<Register> {
         let register = self.random.pick(&[
@@ -225,8 +242,7 @@ impl<'a> Flow<'a> {
     fn call(&mut self) {
         let Some(&function) = self.functions.get(self.random.below(8) as usize) else { return self.quick() };
         if self.random.chance(30.max(self.filler.calm)) {
-            let stack = self.base() + DATA + 0x800 + (self.random.below(0x1000) & !7);
-            self.load(Register::RSP, stack);
+            self.good_stack();
         }
         match (self.random.below(3), self.target_register()) {
             (0, Some(register)) => {

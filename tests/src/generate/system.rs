@@ -12,7 +12,7 @@ use x86defs::{cr3, cr4, paging, rflags};
 
 use super::flow::Flow;
 use super::values;
-use crate::case::{CODE, DATA, Fpu, HIGH, LOW, PAGE, READ_ONLY, SELF, STOP};
+use crate::case::{CODE, DATA, Fpu, HIGH, LOW, PAGE, PAGES, READ_ONLY, SELF, STOP};
 use crate::machine::handlers::variable;
 use crate::machine::world::{self, CR4, KERNEL, at, entry_at, frame};
 use crate::random::{Random, mix};
@@ -47,6 +47,9 @@ pub fn program(seed: u64) -> Program {
         ram[frame(number) as usize..][..PAGE].fill(STOP);
     }
     operands(&mut ram);
+    for table in at::TABLE.into_iter().flatten() {
+        ram.copy_within(table as usize..table as usize + PAGE, (table + at::COPY) as usize);
+    }
     let base = random.pick(&[LOW, HIGH]);
     let calm = random.pick(&[70, 95, 100]);
     for number in [5, 11] {
@@ -83,7 +86,7 @@ fn functions(random: &mut Random, base: u64, calm: u64) -> Vec<u8> {
     for slot in 0..SLOTS {
         let mut flow = Flow::new(random, base + SELF + slot * SLOT, SLOT as usize / 3);
         flow.filler.native = false;
-        flow.filler.calm = calm;
+        flow.filler.calm = calm.max(95);
         flow.writable = true;
         let opcode = flow.random.pick(&[0xb8, 0x05, 0x35, 0x3d]);
         flow.code.push(opcode);
@@ -126,12 +129,16 @@ fn section(flow: &mut Flow, last: bool) {
     let next = flow.code.len();
     flow.code.extend([0; 8]);
     flow.store_rax(KERNEL + at::VARIABLES + variable::RESUME);
-    let stack = flow.base() + DATA + 0x800 + (flow.random.below(0x1000) & !7);
-    flow.load(Register::RAX, stack);
-    flow.store_rax(KERNEL + at::VARIABLES + variable::STACK);
-    flow.load(Register::RSP, stack);
-    reset_modes(flow);
     let user = flow.random.chance(30);
+    flow.safe_stack = (!user).then_some(KERNEL + at::RING0_STACK);
+    flow.good_stack();
+    // mov rax, rsp
+    flow.code.extend([0x48, 0x89, 0xe0]);
+    flow.store_rax(KERNEL + at::VARIABLES + variable::STACK);
+    reset_modes(flow);
+    if flow.random.chance(40) {
+        restore_tables(flow);
+    }
     if user {
         enter_ring_3(flow);
         flow.extra = None;
@@ -170,6 +177,26 @@ fn reset_modes(flow: &mut Flow) {
     flow.code.push(interrupts);
 }
 
+/// The page tables as they were, from their copies.
+fn restore_tables(flow: &mut Flow) {
+    for table in at::TABLE.into_iter().flatten() {
+        flow.load(Register::RSI, KERNEL + table + at::COPY);
+        flow.load(Register::RDI, KERNEL + table);
+        flow.load(Register::RCX, PAGES.len() as u64 * 2);
+        // cld; rep movsq
+        flow.code.extend([0xfc, 0xf3, 0x48, 0xa5]);
+    }
+    toggle_global(flow);
+}
+
+/// `mov rax, cr4; xor al, PGE; mov cr4, rax` and back: drops all translations.
+fn toggle_global(flow: &mut Flow) {
+    flow.code.extend([0x0f, 0x20, 0xe0]);
+    for _ in 0..2 {
+        flow.code.extend([0x34, 0x80, 0x0f, 0x22, 0xe0]);
+    }
+}
+
 fn enter_ring_3(flow: &mut Flow) {
     let flags = rflags::FIXED_1 | flow.random.pick(&[0, rflags::IF]);
     if flow.random.chance(30) {
@@ -201,11 +228,18 @@ impl Flow<'_> {
 
 /// One piece of what only a supervisor does. Uses RAX and RDX, and RCX if no loop counts in it.
 fn piece(flow: &mut Flow) {
-    match flow.random.below(18) {
+    match flow.random.below(22) {
         0..=3 => edit_entry(flow),
         4 | 5 => switch_space(flow),
-        6 | 7 => call_slot(flow),
-        8 | 9 => change_slot(flow),
+        6 | 7 => {
+            let target = slot(flow);
+            call_slot(flow, target);
+        }
+        8 | 9 => {
+            let target = slot(flow);
+            change_slot(flow, target);
+        }
+        18.. => rounds(flow),
         10 => data_beside_code(flow),
         11 => trap_flag(flow),
         12 => breakpoint(flow),
@@ -228,8 +262,12 @@ fn piece(flow: &mut Flow) {
 
 /// Changes the entry that maps a page, and sees to it that no translation made of it stays.
 fn edit_entry(flow: &mut Flow) {
-    let (space, half) = (flow.random.below(2) as usize, flow.random.below(2) as usize);
     let offset = flow.random.pick(&[DATA, DATA, DATA + 0x1000, READ_ONLY, SELF, SELF, CODE, CODE + 0x1000]);
+    edit_entry_of(flow, offset);
+}
+
+fn edit_entry_of(flow: &mut Flow, offset: u64) {
+    let (space, half) = (flow.random.below(2) as usize, flow.random.below(2) as usize);
     flow.load(Register::RDX, KERNEL + entry_at(space, half, offset));
     match flow.random.below(if offset == CODE || offset == CODE + 0x1000 { 4 } else { 8 }) {
         // and byte [rdx], ~(A | D): accessed and dirty bits are to be set again.
@@ -295,13 +333,7 @@ fn invalidate(flow: &mut Flow, space: usize, half: usize, offset: u64) {
             flow.load(Register::RAX, kind);
             flow.code.extend([0x66, 0x0f, 0x38, 0x82, 0x02]);
         }
-        // mov rax, cr4; xor al, PGE; mov cr4, rax; and back
-        4 => {
-            flow.code.extend([0x0f, 0x20, 0xe0]);
-            for _ in 0..2 {
-                flow.code.extend([0x34, 0x80, 0x0f, 0x22, 0xe0]);
-            }
-        }
+        4 => toggle_global(flow),
         // There, INVLPG.
         _ => {
             flow.load(Register::RAX, at::PML4[space] | space as u64 | cr3::NO_FLUSH);
@@ -320,15 +352,34 @@ fn switch_space(flow: &mut Flow) {
     flow.code.extend([0x0f, 0x22, 0xd8]);
 }
 
+/// Again and again the same function, in between what may make another one of it.
+fn rounds(flow: &mut Flow) {
+    let target = slot(flow);
+    let turns = 2 + flow.random.below(12);
+    let pieces = 2 + flow.random.below(4);
+    flow.repeat(turns, |flow| {
+        for _ in 0..pieces {
+            match flow.random.below(12) {
+                0..=3 => call_slot(flow, target),
+                4 | 5 => change_slot(flow, target),
+                6 | 7 => switch_space(flow),
+                8 => edit_entry_of(flow, SELF),
+                9 => data_beside_code(flow),
+                10 => edit_entry_of(flow, DATA),
+                _ => flow.quick(),
+            }
+        }
+        call_slot(flow, target);
+    });
+}
+
 fn slot(flow: &mut Flow) -> u64 {
     flow.base() + SELF + flow.random.below(SLOTS) * SLOT
 }
 
-fn call_slot(flow: &mut Flow) {
-    let target = slot(flow);
+fn call_slot(flow: &mut Flow, target: u64) {
     if flow.random.chance(60) {
-        let stack = flow.base() + DATA + 0x800 + (flow.random.below(0x1000) & !7);
-        flow.load(Register::RSP, stack);
+        flow.good_stack();
     }
     if flow.random.chance(30) {
         // call rdx
@@ -340,8 +391,7 @@ fn call_slot(flow: &mut Flow) {
 }
 
 /// Changes the immediate that a function starts with, at the address it is called at or at another one.
-fn change_slot(flow: &mut Flow) {
-    let target = slot(flow);
+fn change_slot(flow: &mut Flow, target: u64) {
     let offset = target & 0xfff;
     let places = [
         target,
@@ -375,7 +425,8 @@ fn data_beside_code(flow: &mut Flow) {
         flow.code.extend([0x48, opcode, 0x02]);
     }
     if flow.random.chance(50) {
-        call_slot(flow);
+        let target = slot(flow);
+        call_slot(flow, target);
     }
 }
 

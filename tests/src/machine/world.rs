@@ -25,6 +25,8 @@ pub mod at {
     pub const DIRECTORY: [[u64; 2]; 2] = [[0x5000, 0x6000], [0x7000, 0x8000]];
     /// Page tables, in the same order.
     pub const TABLE: [[u64; 2]; 2] = [[0x9000, 0xa000], [0xb000, 0xc000]];
+    /// How far from the tables the program finds copies of them.
+    pub const COPY: u64 = 0x1_0000;
     pub const KERNEL_PDPT: u64 = 0xd000;
     pub const KERNEL_DIRECTORY: u64 = 0xe000;
     pub const KERNEL_TABLE: u64 = 0xf000;
