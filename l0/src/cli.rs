@@ -257,8 +257,8 @@ fn run_machine(args: &RunArgs, quiet: bool) -> Result<(Outcome, EndingSignals), 
         say(format_args!("running on the {} engine{leave}", machine.engine()));
     }
     signals.watch(machine.control());
-    if let Some(statistics) = machine.statistics() {
-        signals.report(Box::new(move || say(format_args!("so far\n{}", statistics.sum()))));
+    if let Some((statistics, profiles)) = machine.statistics().zip(machine.profiles()) {
+        signals.report(Box::new(move || say(format_args!("so far\n{profiles}\n{}", statistics.sum()))));
     }
     let running = console.start(&machine)?;
     let outcome = machine.run();
@@ -342,6 +342,9 @@ fn report(outcome: &Outcome, args: &RunArgs, quiet: bool, signals: &EndingSignal
             outcome.ready.as_secs_f64() * 1e3,
             outcome.instructions
         ));
+    }
+    if let Some(profiles) = &outcome.profiles {
+        say(format_args!("what the vCPUs' time went to\n{profiles}"));
     }
     if let Some(statistics) = &outcome.statistics {
         say(format_args!("what L0 saw\n{statistics}"));

@@ -23,6 +23,7 @@ pub mod error;
 mod exit_words;
 pub mod memory;
 pub mod nested;
+pub mod profile;
 pub mod recorder;
 pub mod signals;
 pub mod stats;

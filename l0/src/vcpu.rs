@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use turtles_cpu::attention::Attention;
 use turtles_cpu::bus::{Bus as CpuBus, MsrRefused};
+use turtles_cpu::profile::{Doing, Profile};
 use turtles_cpu::state::Activity;
 use turtles_cpu::vmx::Operation;
 use turtles_cpu::{Cpu, Exit};
@@ -45,6 +46,8 @@ pub struct MachineBus {
     pub vmx: Option<Arc<Capabilities>>,
     /// State of the generator behind RDRAND when time is virtual; none takes the host's random bits.
     pub seed: Option<u64>,
+    /// Told when devices are at work.
+    pub profile: Option<Arc<Profile>>,
 }
 
 impl MachineBus {
@@ -63,28 +66,42 @@ impl MachineBus {
     }
 }
 
+impl MachineBus {
+    /// Devices do something.
+    fn work<T>(&mut self, work: impl FnOnce(&mut Self) -> T) -> T {
+        let Some(before) = self.profile.as_ref().map(|profile| profile.begin(Doing::Devices)) else {
+            return work(self);
+        };
+        let result = work(self);
+        if let Some(profile) = &self.profile {
+            profile.resume(before);
+        }
+        result
+    }
+}
+
 impl CpuBus for MachineBus {
     fn mmio_read(&mut self, address: u64, data: &mut [u8]) {
-        match self.apic_offset(address) {
-            Some(offset) => self.irqchip.apic_mmio_read(self.index, offset, data),
-            None => drop(self.mmio.read(address, data)),
-        }
+        self.work(|bus| match bus.apic_offset(address) {
+            Some(offset) => bus.irqchip.apic_mmio_read(bus.index, offset, data),
+            None => drop(bus.mmio.read(address, data)),
+        });
     }
 
     fn mmio_write(&mut self, address: u64, data: &[u8]) {
-        match self.apic_offset(address) {
-            Some(offset) => self.irqchip.apic_mmio_write(self.index, offset, data),
-            None => drop(self.mmio.write(address, data)),
-        }
+        self.work(|bus| match bus.apic_offset(address) {
+            Some(offset) => bus.irqchip.apic_mmio_write(bus.index, offset, data),
+            None => drop(bus.mmio.write(address, data)),
+        });
         self.wrote();
     }
 
     fn port_read(&mut self, port: u16, data: &mut [u8]) {
-        self.ports.read(u64::from(port), data);
+        self.work(|bus| bus.ports.read(u64::from(port), data));
     }
 
     fn port_write(&mut self, port: u16, data: &[u8]) {
-        self.ports.write(u64::from(port), data);
+        self.work(|bus| bus.ports.write(u64::from(port), data));
         self.wrote();
     }
 
@@ -95,19 +112,19 @@ impl CpuBus for MachineBus {
             msr::IA32_VMX_BASIC..=msr::IA32_VMX_VMFUNC => {
                 self.vmx.as_ref().and_then(|vmx| vmx.msr(msr)).ok_or(MsrRefused)
             }
-            _ => self.irqchip.apic_msr_read(self.index, msr).map_err(|_| MsrRefused),
+            _ => self.work(|bus| bus.irqchip.apic_msr_read(bus.index, msr)).map_err(|_| MsrRefused),
         }
     }
 
     fn write_msr(&mut self, msr: u32, value: u64) -> Result<(), MsrRefused> {
-        let result = match msr {
-            msr::IA32_APIC_BASE => self.irqchip.set_apic_base(self.index, value),
+        let result = self.work(|bus| match msr {
+            msr::IA32_APIC_BASE => bus.irqchip.set_apic_base(bus.index, value),
             msr::IA32_TSC_DEADLINE => {
-                self.irqchip.set_tsc_deadline(self.index, value);
+                bus.irqchip.set_tsc_deadline(bus.index, value);
                 Ok(())
             }
-            _ => self.irqchip.apic_msr_write(self.index, msr, value),
-        };
+            _ => bus.irqchip.apic_msr_write(bus.index, msr, value),
+        });
         self.wrote();
         result.map_err(|_| MsrRefused)
     }
@@ -170,6 +187,8 @@ pub struct Vcpu {
     pub stop: Arc<Stop>,
     /// Instructions executed, for `--stats`.
     pub instructions: Arc<AtomicU64>,
+    /// What it does, for `--stats`.
+    pub profile: Option<Arc<Profile>>,
 }
 
 /// What the thread does next.
@@ -201,7 +220,10 @@ impl Vcpu {
             return Ok(State::Stopped);
         }
         let budget = self.budget();
-        let exit = self.engine.run(&mut self.cpu, budget)?;
+        let before = self.begin(Doing::Engine);
+        let exit = self.engine.run(&mut self.cpu, budget);
+        self.resume(before);
+        let exit = exit?;
         self.clock.executed(self.cpu.state.ticks());
         if self.clock.source() == ClockSource::Virtual {
             self.clock.fire_due();
@@ -210,11 +232,26 @@ impl Vcpu {
             Exit::Budget | Exit::InterruptWindow => State::Running,
             Exit::Halted => State::Waiting,
             Exit::Attention => self.attend(),
-            Exit::Vm => self.vm_exit(),
+            Exit::Vm => {
+                let before = self.begin(Doing::Nested);
+                let state = self.vm_exit();
+                self.resume(before);
+                state
+            }
             // L2 entered in the shutdown state: it stays there until something L1 wants to see happens.
             Exit::Shutdown if self.cpu.vmx.operation == Operation::NonRoot => State::Waiting,
             Exit::Shutdown => self.shut_down(),
         })
+    }
+
+    fn begin(&self, doing: Doing) -> u32 {
+        self.profile.as_ref().map_or(0, |profile| profile.begin(doing))
+    }
+
+    fn resume(&self, before: u32) {
+        if let Some(profile) = &self.profile {
+            profile.resume(before);
+        }
     }
 
     /// How far to execute at once: in virtual time, to the next timer.
@@ -322,7 +359,9 @@ impl Vcpu {
                 self.clock.fire_due();
             }
         }
+        let before = self.begin(Doing::Idle);
         self.signal.wait(wake_by, None);
+        self.resume(before);
         if let Some(recorder) = self.recorder() {
             recorder.wake();
         }

@@ -33,6 +33,7 @@ use crate::engine::{Engine, Soft};
 use crate::error::RunError;
 use crate::memory::{HIGH_RAM_START, LOW_RAM_END, Ram};
 use crate::nested::{Explainer, Nested, PreemptionTimer};
+use crate::profile::Profiles;
 use crate::recorder::Recorder;
 use crate::stats::{AllStatistics, Statistics};
 use crate::trace::Trace;
@@ -103,6 +104,8 @@ pub struct Outcome {
     pub engine: &'static str,
     /// What `--stats` counted.
     pub statistics: Option<Statistics>,
+    /// What the vCPUs' time went to, with `--stats`.
+    pub profiles: Option<Profiles>,
 }
 
 /// Tells the software CPU what devices wrote.
@@ -126,6 +129,7 @@ pub struct Machine {
     trace: Option<Arc<Trace>>,
     trace_path: Option<PathBuf>,
     statistics: Option<AllStatistics>,
+    profiles: Option<Profiles>,
 }
 
 /// The other half of what a machine needs: where COM1's output goes.
@@ -186,6 +190,7 @@ impl Machine {
             trace,
             trace_path: config.trace.clone(),
             statistics: config.stats.then(AllStatistics::default),
+            profiles: config.stats.then(Profiles::default),
             engine: if kvm.is_some() { "kvm" } else { "soft" },
         };
         let vm = kvm.map(|host| KvmVm::new(&host, &ram)).transpose()?.map(Arc::new);
@@ -213,6 +218,7 @@ impl Machine {
         config: &MachineConfig,
         vm: Option<&Arc<KvmVm>>,
     ) -> Result<Vcpu, RunError> {
+        let profile = self.profiles.as_ref().map(Profiles::add_vcpu);
         let bus = MachineBus {
             index,
             ports: Arc::clone(&self.chipset.ports),
@@ -222,11 +228,15 @@ impl Machine {
             signal: Arc::clone(signal),
             vmx: vmx.cloned(),
             seed: (config.clock == ClockSource::Virtual).then_some(1),
+            profile: profile.clone(),
         };
         let attention = Arc::clone(&signal.attention);
         let mut cpu =
             Cpu::new(Arc::clone(physical), Box::new(bus), Arc::clone(model), attention, index as u32);
         cpu.set_translate(config.engine != EngineConfig::SoftInterpreter);
+        if let Some(profile) = &profile {
+            cpu.set_profile(Arc::clone(profile));
+        }
         cpu.state.activity = Activity::WaitForSipi;
         leave_as_firmware(&mut cpu.state, vmx.is_some());
         cpu.state_changed();
@@ -257,6 +267,7 @@ impl Machine {
             clock: Arc::clone(&self.clock),
             stop: Arc::clone(&self.stop),
             instructions,
+            profile,
         })
     }
 
@@ -275,6 +286,11 @@ impl Machine {
         self.statistics.clone()
     }
 
+    /// What `--stats` samples, likewise.
+    pub fn profiles(&self) -> Option<Profiles> {
+        self.profiles.clone()
+    }
+
     /// Name of the engine chosen.
     pub fn engine(&self) -> &'static str {
         self.engine
@@ -285,6 +301,7 @@ impl Machine {
         if self.clock.source() == ClockSource::Host {
             self.clock.start_thread().map_err(RunError::Thread)?;
         }
+        let sampler = self.profiles.as_ref().map(Profiles::start).transpose().map_err(RunError::Thread)?;
         let ready = self.started.elapsed();
         let mut threads = Vec::new();
         let mut refused = None;
@@ -309,6 +326,10 @@ impl Machine {
         }
         // Whatever went wrong, nothing of the machine runs on: all threads are waited for before anything is said.
         let panicked = threads.into_iter().filter_map(|thread| thread.join().err()).count() > 0;
+        if let Some((profiles, thread)) = self.profiles.as_ref().zip(sampler) {
+            profiles.stop();
+            drop(thread.join());
+        }
         self.clock.stop();
         self.chipset.finish();
         if let Some(error) = refused {
@@ -331,6 +352,7 @@ impl Machine {
             ready,
             engine: self.engine,
             statistics: self.statistics.map(|all| all.sum()),
+            profiles: self.profiles,
         })
     }
 }

@@ -12,6 +12,7 @@ use crate::interp::operands::{address_bits, memory_segment, offset_of};
 use crate::interp::{self};
 use crate::op::{Cold, ColdHandler, Op};
 use crate::phys::CodePage;
+use crate::profile::{Count, Doing};
 use crate::state::SLOT_BLOCK_IP;
 use crate::trap::{Exec, Fault};
 
@@ -29,7 +30,19 @@ struct Builder {
 impl Cpu {
     /// Decodes the block at linear address `linear`, whose first byte is at `physical`.
     pub(crate) fn decode_block(&mut self, linear: u64, physical: u64) -> Exec<Block> {
+        let before = self.begin(Doing::Decoding);
+        self.count(Count::Decoded);
+        let generation = self.blocks.generation();
         self.blocks.make_room();
+        if self.blocks.generation() != generation {
+            self.count(Count::Forgotten);
+        }
+        let block = self.decode_block_at(linear, physical);
+        self.resume(before);
+        block
+    }
+
+    fn decode_block_at(&mut self, linear: u64, physical: u64) -> Exec<Block> {
         let memory = std::sync::Arc::clone(&self.memory);
         let Some((_, code)) = memory.page(physical) else {
             // Fetching from outside RAM: all ones come back, which is no instruction.

@@ -12,6 +12,7 @@ use crate::attention::Attention;
 use crate::block::{MAX_BLOCK, Run, key};
 use crate::op::Op;
 use crate::phys::Inside;
+use crate::profile::{Count, Doing};
 use crate::state::{Activity, Event, EventKind, SLOT_BLOCK_IP, Seg, Shadow};
 use crate::trap::{Exec, Fault, Trap};
 use crate::{Cpu, Exit};
@@ -55,7 +56,10 @@ impl Cpu {
         let limit = self.state.ticks().saturating_add(budget);
         let _inside = Inside::enter(&self.peer);
         self.attend();
-        self.run_until(limit)
+        let before = self.begin(Doing::RunLoop);
+        let exit = self.run_until(limit);
+        self.resume(before);
+        exit
     }
 
     /// Executes one instruction, or delivers one event: an interrupt due before it or a fault that it raises.
@@ -67,7 +71,10 @@ impl Cpu {
         loop {
             let attention = self.attention.get();
             if self.look_up || attention != 0 {
-                match self.between_instructions(limit) {
+                let before = self.begin(Doing::Events);
+                let next = self.between_instructions(limit);
+                self.resume(before);
+                match next {
                     Next::Blocks => {}
                     Next::Again => continue,
                     Next::One => {
@@ -111,7 +118,11 @@ impl Cpu {
                 }
                 continue;
             }
-            if let Err(trap) = self.execute(block, block.count as usize) {
+            self.count(Count::Interpreted);
+            let before = self.begin(Doing::Interpreter);
+            let result = self.execute(block, block.count as usize);
+            self.resume(before);
+            if let Err(trap) = result {
                 if let Some(exit) = self.take_trap(trap) {
                     return exit;
                 }
@@ -294,7 +305,9 @@ impl Cpu {
     fn finish_fault(&mut self) -> Option<Exit> {
         self.attend();
         self.state.stalls += 1;
+        let before = self.begin(Doing::Events);
         let done = self.deliver_fault();
+        self.resume(before);
         match done {
             Ok(true) => {
                 self.iret_unblocked = false;
@@ -355,7 +368,10 @@ impl Cpu {
         self.state.rflags_system &= !rflags::RF;
         self.step_trap = trap_flag;
         let sequential = self.wrap_ip(self.state.rip.wrapping_add(u64::from(block.len)));
+        self.count(Count::Stepped);
+        let before = self.begin(Doing::Interpreter);
         let result = self.execute(block, 1);
+        self.resume(before);
         match result {
             Ok(()) => {
                 let branched = block.count == 1 && self.state.rip != sequential;

@@ -22,6 +22,7 @@ pub mod mmu;
 pub mod native;
 pub mod op;
 pub mod phys;
+pub mod profile;
 pub mod state;
 pub mod trap;
 mod tunables;
@@ -73,6 +74,7 @@ pub struct Cpu {
     /// What translated code works with.
     pub(crate) jit: jit::Hot,
     pub(crate) translator: Option<Box<jit::Translator>>,
+    pub(crate) profile: Option<Box<profile::Profiled>>,
     /// Details of the fault that a [`trap::Trap::Fault`] announced.
     pub(crate) fault: Fault,
     /// Details of a [`trap::Trap::Exit`].
@@ -137,6 +139,7 @@ impl Cpu {
             blocks: BlockCache::default(),
             jit,
             translator: None,
+            profile: None,
             fault: Fault::default(),
             exit: Exit::Halted,
             data_table,

@@ -141,9 +141,12 @@ impl Native {
 
     fn read_maps(&mut self) -> io::Result<()> {
         let maps = std::fs::read_to_string(format!("/proc/{}/maps", self.child))?;
+        // The stack's mapping grows towards an access below it.
+        const STACK_GROWS: u64 = 64 << 20;
         let parse = |line: &str| {
             let (start, end) = line.split_whitespace().next()?.split_once('-')?;
-            Some((u64::from_str_radix(start, 16).ok()?, u64::from_str_radix(end, 16).ok()?))
+            let below = if line.ends_with("[stack]") { STACK_GROWS } else { 0 };
+            Some((u64::from_str_radix(start, 16).ok()? - below, u64::from_str_radix(end, 16).ok()?))
         };
         self.own =
             maps.lines().filter_map(parse).filter(|&(start, _)| image_index(start).is_none()).collect();

@@ -13,6 +13,7 @@ use super::emit::{
 };
 use crate::Cpu;
 use crate::op::Op;
+use crate::profile::Doing;
 use crate::state::SLOT_BLOCK_IP;
 use crate::trap::Trap;
 
@@ -275,7 +276,10 @@ extern "sysv64" fn call_op(cpu: *mut Cpu, index: u32, place: u32, remaining: u32
     cpu.state.rip = base.wrapping_add(u64::from(place.len));
     cpu.state.instructions = cpu.jit.executed().wrapping_sub(remaining as u64);
     cpu.block_end = 1;
-    if let Err(trap) = (op.handler)(cpu, op) {
+    cpu.begin_handler(index, base.wrapping_add(u64::from(op.at)));
+    let result = (op.handler)(cpu, op);
+    cpu.begin(Doing::Translated);
+    if let Err(trap) = result {
         cpu.state.rip = base.wrapping_add(u64::from(op.at));
         cpu.jit.left += remaining;
         match trap {

@@ -51,6 +51,7 @@ use crate::block::key;
 use crate::mmu::tlb::DATA_ENTRIES;
 use crate::native::CodeMemory;
 use crate::phys::CodePage;
+use crate::profile::{Count, Doing};
 use crate::state::Seg;
 use crate::trap::Exec;
 use crate::tunables::{CODE_CAPACITY, TRANSLATE_AFTER};
@@ -255,7 +256,11 @@ impl Cpu {
             return None;
         }
         block.heat = 0;
-        let code = self.translate_trace(physical)?;
+        let before = self.begin(Doing::Translating);
+        self.count(Count::Translated);
+        let code = self.translate_trace(physical);
+        self.resume(before);
+        let code = code?;
         // It may be longer than the block.
         let fits =
             self.blocks.find(key(physical, 64)).is_some_and(|b| ticks + u64::from(b.translated) <= limit);
@@ -277,9 +282,12 @@ impl Cpu {
         let left = limit.saturating_sub(self.state.ticks()).min(i64::MAX as u64);
         self.jit.left = left as i64;
         self.jit.end = self.state.instructions.wrapping_add(left);
+        self.count(Count::Entered);
+        self.begin(Doing::Translated);
         // SAFETY: the block's slot named the code, which is in this translator's memory; `find_translation` has seen to
         // JIT-2.
         let why = unsafe { gate::enter(self, gate, entry.code) };
+        self.begin(Doing::RunLoop);
         self.state.instructions = self.jit.executed();
         match why {
             Left::Look => Ok(()),

@@ -12,6 +12,7 @@ use x86defs::{cr0, cr4, dr, efer, rflags, vector};
 
 use crate::Cpu;
 use crate::phys::{PhysMemory, Word};
+use crate::profile::{Count, Doing};
 use crate::state::{Activity, Seg};
 use crate::trap::{Exec, Fault, Trap};
 use tlb::{DataEntry, FetchEntry, GLOBAL, LARGE, Mode, Regime, SpaceTag, data_index, no_page};
@@ -279,6 +280,7 @@ impl Cpu {
     pub(crate) fn wrote_ram(&mut self, address: u64, len: u64) {
         if let Some((_, code)) = self.memory.page(address) {
             if PhysMemory::wrote_page(code, address & 4095, len) {
+                self.count(Count::Overwritten);
                 self.leave_block();
             }
         }
@@ -318,6 +320,14 @@ impl Cpu {
 
     /// Translates through as many levels as are in use; raises the page fault, or leaves non-root operation.
     fn translate(&mut self, linear: u64, access: Access, privilege: Privilege) -> Exec<Translation> {
+        let before = self.begin(Doing::Walking);
+        self.count(Count::Walks);
+        let done = self.walk(linear, access, privilege);
+        self.resume(before);
+        done
+    }
+
+    fn walk(&mut self, linear: u64, access: Access, privilege: Privilege) -> Exec<Translation> {
         let done = if self.vmx.nested_paging() {
             let Some(second) = self.vmx.second_level.as_deref_mut() else {
                 return Err(self.vm_exit(reason::EPT_MISCONFIGURATION, 0));
@@ -350,6 +360,9 @@ impl Cpu {
         let physical = to.physical | linear & 4095;
         let Some((host, code)) = self.memory.page(to.physical) else { return Ok(Place::Mmio(physical)) };
         let plain = code.is_plain();
+        if !plain && access == Access::Write {
+            self.count(Count::BesideCode);
+        }
         if access != Access::Fetch {
             self.fill_data(self.table_of(privilege), linear & !4095, &to, host, plain);
         }

@@ -52,7 +52,7 @@ fn holds(tag: u64, linear: u64, size: usize) -> bool {
 
 /// Tag of nothing: a page that does not belong at `index`, nor beside it.
 pub fn no_page(index: usize) -> u64 {
-    (((index ^ DATA_ENTRIES / 2) as u64) << 12).wrapping_neg()
+    (((index ^ (DATA_ENTRIES / 2)) as u64) << 12).wrapping_neg()
 }
 
 /// `info`: the translation is global.
