@@ -425,7 +425,7 @@ impl Cpu {
 
     /// The block at RIP, decoded if need be; raises fetch faults.
     #[inline(always)]
-    fn find_block(&mut self) -> Exec<Run> {
+    pub(crate) fn find_block(&mut self) -> Exec<Run> {
         let rip = self.state.rip;
         let linear = self.linear_base[Seg::Cs as usize].wrapping_add(rip);
         let user = self.state.cpl == 3;

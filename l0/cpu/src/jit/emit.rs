@@ -191,6 +191,10 @@ impl Assembler {
         self.rm_gs(B8, &[0x8b], to, mem);
     }
 
+    pub(super) fn load_u8(&mut self, to: Reg, mem: Mem) {
+        self.rm(B4, &[0x0f, 0xb6], to, mem);
+    }
+
     pub(super) fn load_u16(&mut self, to: Reg, mem: Mem) {
         self.rm(B4, &[0x0f, 0xb7], to, mem);
     }

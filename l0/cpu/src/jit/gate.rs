@@ -58,6 +58,8 @@ const TRAP: u64 = 0x100;
 const LINK: u64 = 2;
 /// The same for a jump forwards in the page (JIT-5).
 const LINK_FORWARD: u64 = 3;
+/// From a handler: go on at RIP, without a look.
+const GO: u64 = 4;
 
 /// Why translated code returned.
 pub(super) enum Left {
@@ -109,6 +111,8 @@ pub(super) struct Gate {
     /// Executes the op EAX by its handler; EDX a [`Place`], ECX the instructions of the trace from it on. Returns RAX:
     /// zero, or what to exit with.
     pub call_op: u64,
+    /// Executes the only op of a block that crosses into the next page: EDX its [`Place`].
+    pub call_crossing: u64,
     /// Leaves with [`LOOK`] for the address in RAX.
     pub look_at: u64,
     /// Gets vector state into the host's registers: see [`super::vector::emit`].
@@ -205,13 +209,20 @@ pub(super) fn emit(asm: &mut Assembler) -> Gate {
     asm.set(RAX, LOOK);
     asm.jump_to(exit);
 
+    let call_op = emit_call(asm, &vectors, host, call_op as *const () as u64, exit);
+    let call_crossing = emit_call(asm, &vectors, host, call_crossing as *const () as u64, exit);
+    Gate { enter, exit, call_op, call_crossing, look_at, get_vector: vectors.get, host }
+}
+
+/// Writes the way to a Rust function of an op, a place and a number of instructions, and back.
+fn emit_call(asm: &mut Assembler, vectors: &super::vector::Vectors, host: Host, to: u64, exit: u64) -> u64 {
     let call = asm.address(asm.here());
     save_pinned(asm);
-    super::vector::emit_put_back(asm, &vectors);
+    super::vector::emit_put_back(asm, vectors);
     asm.alu_imm(B8, Alu::Sub, RSP, 8);
     asm.lea(B8, RDI, Mem::at(RBP, -(BIAS as i32)));
     asm.mov(B4, RSI, RAX);
-    asm.set(RAX, call_op as *const () as u64);
+    asm.set(RAX, to);
     asm.call_register(RAX);
     asm.alu_imm(B8, Alu::Add, RSP, 8);
     load_pinned(asm);
@@ -222,9 +233,21 @@ pub(super) fn emit(asm: &mut Assembler) -> Gate {
         point_gs(asm);
         asm.bind(same);
     }
+    asm.alu_imm(B4, Alu::Cmp, RAX, GO as i32);
+    let go = asm.jcc(EQUAL);
     asm.test32(RAX, RAX);
     asm.bytes(&[0xc3]);
-    Gate { enter, exit, call_op: call, look_at, get_vector: vectors.get, host }
+
+    asm.bind(go);
+    // The caller is done with.
+    asm.alu_imm(B8, Alu::Add, RSP, 8);
+    asm.load(B8, RAX, field(offset_of!(Cpu, state.rip)));
+    let misses = emit_lookup(asm);
+    emit_follow(asm);
+    misses.into_iter().for_each(|miss| asm.bind(miss));
+    asm.set(RAX, LOOK);
+    asm.jump_to(exit);
+    call
 }
 
 /// Looks up RAX in the jump cache: on a hit RCX points to the entry; returns the jumps to take on a miss.
@@ -267,40 +290,81 @@ pub(super) unsafe fn enter(cpu: &mut Cpu, gate: Gate, entry: u64) -> Left {
 extern "sysv64" fn call_op(cpu: *mut Cpu, index: u32, place: u32, remaining: u32) -> u64 {
     // SAFETY: `enter` was given an exclusive reference, which translated code passes on.
     let cpu = unsafe { &mut *cpu };
-    // SAFETY: the translation's ops are in the arena (JIT-2), which nobody writes while a block runs.
-    let op: &Op = unsafe { &*cpu.blocks.ops().add(index as usize) };
-    let place = Place::unpack(place);
+    cpu.execute_op(index, Place::unpack(place), i64::from(remaining))
+}
+
+/// Executes an instruction that crosses into the next page; see [`Gate::call_crossing`].
+extern "sysv64" fn call_crossing(cpu: *mut Cpu, _: u32, place: u32) -> u64 {
+    // SAFETY: as in `call_op`.
+    let cpu = unsafe { &mut *cpu };
+    let mut place = Place::unpack(place);
     let base = cpu.jit.page_ip.wrapping_add(u64::from(place.offset));
-    let remaining = i64::from(remaining);
-    cpu.state.gpr.raw[(SLOT_BLOCK_IP / 8) as usize] = base;
-    cpu.state.rip = base.wrapping_add(u64::from(place.len));
-    cpu.state.instructions = cpu.jit.executed().wrapping_sub(remaining as u64);
-    cpu.block_end = 1;
-    cpu.begin_handler(index, base.wrapping_add(u64::from(op.at)));
-    let result = (op.handler)(cpu, op);
-    cpu.begin(Doing::Translated);
-    if let Err(trap) = result {
-        cpu.state.rip = base.wrapping_add(u64::from(op.at));
-        cpu.jit.left += remaining;
-        match trap {
-            Trap::Fault if cpu.fault_is_on_stack(op) => cpu.fault.vector = vector::SS,
-            Trap::Exit => cpu.vmx.exit.instruction_length = u32::from(op.next.wrapping_sub(op.at)),
-            Trap::Fault | Trap::Again => {}
+    cpu.state.rip = base;
+    cpu.state.instructions = cpu.jit.executed().wrapping_sub(1);
+    // Whether the page behind is still the same one, and unchanged.
+    match cpu.find_block() {
+        Ok(block) if block.count == 1 => {
+            place.len = block.len;
+            cpu.execute_op(block.first, place, 1)
         }
-        return TRAP | trap as u64;
+        Ok(_) => {
+            cpu.jit.left += 1;
+            LOOK
+        }
+        Err(trap) => {
+            cpu.jit.left += 1;
+            TRAP | trap as u64
+        }
     }
-    if op.next == place.len {
-        cpu.jit.left += remaining - 1;
-        return LOOK;
+}
+
+impl Cpu {
+    /// Executes the op at `index` of the arena; `remaining` instructions of the trace, from this one on, were counted as
+    /// executed. Returns zero, or what to exit with.
+    fn execute_op(&mut self, index: u32, place: Place, remaining: i64) -> u64 {
+        // SAFETY: the translation's ops are in the arena (JIT-2), which nobody writes while a block runs.
+        let op: &Op = unsafe { &*self.blocks.ops().add(index as usize) };
+        let base = self.jit.page_ip.wrapping_add(u64::from(place.offset));
+        self.state.gpr.raw[(SLOT_BLOCK_IP / 8) as usize] = base;
+        self.state.rip = base.wrapping_add(u64::from(place.len));
+        self.state.instructions = self.jit.executed().wrapping_sub(remaining as u64);
+        self.block_end = 1;
+        self.begin_handler(index, base.wrapping_add(u64::from(op.at)));
+        let result = (op.handler)(self, op);
+        self.begin(Doing::Translated);
+        if let Err(trap) = result {
+            self.state.rip = base.wrapping_add(u64::from(op.at));
+            self.jit.left += remaining;
+            match trap {
+                Trap::Fault if self.fault_is_on_stack(op) => self.fault.vector = vector::SS,
+                Trap::Exit => self.vmx.exit.instruction_length = u32::from(op.next.wrapping_sub(op.at)),
+                Trap::Fault | Trap::Again => {}
+            }
+            return TRAP | trap as u64;
+        }
+        if op.next == place.len {
+            self.jit.left += remaining - 1;
+            return self.go_or_look();
+        }
+        if self.block_end == 0 {
+            self.state.rip = base.wrapping_add(u64::from(op.next));
+            self.jit.left += remaining - 1;
+            return LOOK;
+        }
+        if self.look_up || self.attention.get() != self.jit.seen {
+            self.jit.expire();
+        }
+        self.jit.key = self.jump_key();
+        0
     }
-    if cpu.block_end == 0 {
-        cpu.state.rip = base.wrapping_add(u64::from(op.next));
-        cpu.jit.left += remaining - 1;
-        return LOOK;
+
+    /// Whether the run loop would have nothing to do but find the translation at RIP.
+    fn go_or_look(&mut self) -> u64 {
+        if self.look_up || self.attention.get() != 0 || self.code_bits != 64 {
+            return LOOK;
+        }
+        self.jit.seen = 0;
+        self.jit.key = self.jump_key();
+        GO
     }
-    if cpu.look_up || cpu.attention.get() != cpu.jit.seen {
-        cpu.jit.expire();
-    }
-    cpu.jit.key = cpu.jump_key();
-    0
 }

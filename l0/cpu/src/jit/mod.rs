@@ -252,7 +252,7 @@ impl Cpu {
             return Some(Entry { code: block.translation });
         }
         block.heat = block.heat.saturating_add(1);
-        if block.heat <= threshold || block.crosses() {
+        if block.heat <= threshold {
             return None;
         }
         block.heat = 0;
@@ -350,7 +350,7 @@ impl Cpu {
         let code = code as u64;
         if let Some(block) = self.blocks.find_mut(key(physical, 64)) {
             block.translation = code;
-            block.translated = trace.insns.len() as u16;
+            block.translated = trace.len() as u16;
         }
         Some(code)
     }

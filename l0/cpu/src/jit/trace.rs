@@ -38,6 +38,8 @@ pub(super) struct Trace {
     pub insns: Vec<Instruction>,
     pub steps: Vec<Step>,
     start: u16,
+    /// It is one instruction, which crosses into the next page, and is not here: what it is, the next page says.
+    pub crosses: bool,
 }
 
 impl Trace {
@@ -51,7 +53,10 @@ impl Trace {
         let page = physical & !4095;
         let first = blocks.find(key(physical, 64))?;
         let start = (physical & 4095) as u16;
-        let mut trace = Self { insns: Vec::new(), steps: Vec::new(), start };
+        let mut trace = Self { insns: Vec::new(), steps: Vec::new(), start, crosses: first.crosses() };
+        if trace.crosses {
+            return Some(trace);
+        }
         let mut starts = vec![start];
         trace.add(blocks, model, first, start, bytes)?;
         while starts.len() < TRACE_BLOCKS {
@@ -126,6 +131,11 @@ impl Trace {
             self.steps.push(Step { op: run.first + number as u32, place, last, follow });
         }
         Some(())
+    }
+
+    /// Instructions in it.
+    pub(super) fn len(&self) -> usize {
+        if self.crosses { 1 } else { self.insns.len() }
     }
 
     /// Offset of the first instruction in the page.

@@ -42,9 +42,9 @@ impl Lowering<'_> {
         let needs_flags = match used {
             Use::Reads | Use::ReadsAndSets => true,
             Use::Changes => self.live[at],
-            Use::None | Use::Sets => false,
+            Use::None | Use::Sets | Use::KeepsCarry => false,
         };
-        let loads_flags = needs_flags && self.flags == Flags::Saved;
+        let loads_flags = needs_flags && !matches!(self.flags, Flags::Host | Flags::Both);
         if loads_flags {
             self.join_address();
             self.load_flags();

@@ -65,7 +65,7 @@ impl Lowering<'_> {
     fn jcc(&mut self, at: usize, insn: &Instruction) -> bool {
         let Some(condition) = condition_of(insn) else { return false };
         let (target, next) = (insn.near_branch64() as i64, i64::from(insn.next_ip() as u32));
-        self.load_flags();
+        self.load_flags_for(condition);
         let follow = self.follow(at);
         let (condition, side) =
             if follow == Follow::Taken { (condition ^ 1, next) } else { (condition, target) };

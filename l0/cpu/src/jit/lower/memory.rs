@@ -90,7 +90,7 @@ impl Lowering<'_> {
     /// Looks up the page of RDX, if the byte `last` after it is in that page as well, and aligned so.
     fn look_up_aligned(&mut self, last: i32, alignment: i32, access: For) -> Looked {
         let host = self.gate.host;
-        if self.flags == Flags::Host && host.pext {
+        if matches!(self.flags, Flags::Host | Flags::HostButCarry) && host.pext {
             return self.look_up_keeping_flags(last, alignment, access);
         }
         self.clobber_flags();
@@ -135,7 +135,7 @@ impl Lowering<'_> {
         asm.jrcxz_over_jump();
         let miss = asm.jmp();
         asm.load_gs(RAX, table(RAX, offset_of!(DataTable, addend)));
-        Looked { miss, flags: Flags::Host }
+        Looked { miss, flags: self.flags }
     }
 
     /// What was looked up, as an operand.

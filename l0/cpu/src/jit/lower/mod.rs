@@ -19,7 +19,7 @@ use iced_x86::{Instruction, Mnemonic, OpKind};
 
 use super::Hot;
 use super::emit::{Alu, Assembler, B4, Fixup, Mem, NEGATIVE, NOT_EQUAL, RAX, RCX, RDX, Width};
-use super::gate::{Gate, field};
+use super::gate::{Gate, Place, field};
 use super::trace::Trace;
 use crate::Cpu;
 use crate::cpuid::CpuModel;
@@ -40,6 +40,8 @@ enum Flags {
     Saved,
     /// In the host's flags only.
     Host,
+    /// In the host's, but for CF, which is in `CpuState::status`.
+    HostButCarry,
     /// In both.
     Both,
     /// Nobody will ask for them.
@@ -55,6 +57,8 @@ enum Use {
     Sets,
     /// Sets some, others stay (or are undefined, and may stay).
     Changes,
+    /// Sets all but CF.
+    KeepsCarry,
     /// Its result depends on them; it sets all.
     ReadsAndSets,
     /// Its result depends on them; it leaves them.
@@ -107,6 +111,9 @@ pub(super) fn lower(asm: &mut Assembler, gate: Gate, source: &Source) -> Option<
     for (number, insn) in source.trace.insns.iter().enumerate() {
         lowering.instruction(number, insn);
     }
+    if source.trace.crosses {
+        lowering.crossing();
+    }
     lowering.finish();
     lowering.write_asides();
     (!lowering.asm.failed).then_some(forward)
@@ -127,7 +134,7 @@ fn live_flags(source: &Source) -> Vec<bool> {
         live = match used {
             _ if may_call => true,
             Use::Sets => false,
-            Use::None | Use::Changes => live,
+            Use::None | Use::Changes | Use::KeepsCarry => live,
             Use::ReadsAndSets | Use::Reads => true,
         };
     }
@@ -150,6 +157,11 @@ fn status() -> Mem {
     field(offset_of!(Cpu, state.status))
 }
 
+/// Where SF, ZF, AF, PF and CF are in it.
+fn status_high() -> Mem {
+    field(offset_of!(Cpu, state.status) + 1)
+}
+
 impl Lowering<'_> {
     /// JIT-1, whether anything asks for attention, and then the budget.
     fn checks(&mut self) -> usize {
@@ -164,7 +176,7 @@ impl Lowering<'_> {
         let attention = asm.jcc(NOT_EQUAL);
         let forward = asm.here();
         let left = field(offset_of!(Cpu, jit) + offset_of!(Hot, left));
-        asm.alu_mem_imm(Width::B8, Alu::Sub, left, self.source.trace.insns.len() as i32);
+        asm.alu_mem_imm(Width::B8, Alu::Sub, left, self.source.trace.len() as i32);
         let budget = asm.jcc(NEGATIVE);
         self.asides.push(Aside::LookAtStart { jumps: [stale, attention], budget });
         forward
@@ -184,6 +196,14 @@ impl Lowering<'_> {
         }
     }
 
+    /// The only instruction crosses into the next page.
+    fn crossing(&mut self) {
+        let place = Place { offset: self.source.trace.start(), len: 0 };
+        self.asm.set32(RDX, place.pack());
+        self.asm.call_to(self.gate.call_crossing);
+        self.asm.jump_to(self.gate.exit);
+    }
+
     /// The handler returns to the run loop.
     fn is_last(&self, number: usize) -> bool {
         self.source.trace.steps[number].last
@@ -191,7 +211,7 @@ impl Lowering<'_> {
 
     /// Instructions of the trace from `number` on: they were counted at its start.
     fn remaining(&self, number: usize) -> i32 {
-        (self.source.trace.insns.len() - number) as i32
+        (self.source.trace.len() - number) as i32
     }
 
     fn call_op(&mut self, number: usize) {
@@ -222,14 +242,20 @@ impl Lowering<'_> {
         self.asm.jump_to(self.gate.look_at);
     }
 
-    /// Sees to it that the host's flags may be clobbered.
+    /// Sees to it that the host's flags may be clobbered. Clobbers RAX, and RCX after [`Flags::HostButCarry`].
     fn save_flags(&mut self) {
-        if self.flags == Flags::Host {
+        if self.flags == Flags::HostButCarry {
+            self.asm.load_u8(RCX, status_high());
+            // SETO AL; LAHF; AND AH, FEH; AND CL, 1; OR AH, CL.
+            self.asm.bytes(&[0x0f, 0x90, 0xc0, 0x9f, 0x80, 0xe4, 0xfe, 0x80, 0xe1, 0x01, 0x08, 0xcc]);
+        } else if self.flags == Flags::Host {
             // SETO AL; LAHF: neither changes them.
             self.asm.bytes(&[0x0f, 0x90, 0xc0, 0x9f]);
-            self.asm.store(Width::B2, status(), RAX);
-            self.flags = Flags::Both;
+        } else {
+            return;
         }
+        self.asm.store(Width::B2, status(), RAX);
+        self.flags = if self.flags == Flags::Host { Flags::Both } else { Flags::Saved };
     }
 
     /// The host's flags are about to be clobbered.
@@ -240,11 +266,22 @@ impl Lowering<'_> {
         }
     }
 
-    /// Gets the flags into the host's. Clobbers RAX.
+    /// Gets the flags into the host's. Clobbers RAX, and RCX after [`Flags::HostButCarry`].
     fn load_flags(&mut self) {
+        if self.flags == Flags::HostButCarry {
+            self.save_flags();
+        }
         if self.flags == Flags::Saved {
             self.load_saved_flags();
             self.flags = Flags::Both;
+        }
+    }
+
+    /// The same as far as a condition looks at them.
+    fn load_flags_for(&mut self, condition: u8) {
+        // B, AE, BE and A look at CF.
+        if self.flags != Flags::HostButCarry || condition & 0b1010 == 0b0010 {
+            self.load_flags();
         }
     }
 
@@ -259,17 +296,20 @@ impl Lowering<'_> {
         match used {
             Use::Reads | Use::ReadsAndSets => self.load_flags(),
             Use::Changes if self.live[number] => self.load_flags(),
-            Use::None | Use::Sets | Use::Changes => {}
+            Use::None | Use::Sets | Use::Changes | Use::KeepsCarry => {}
         }
     }
 
     fn flags_after(&mut self, number: usize, used: Use) {
-        match used {
-            Use::None | Use::Reads => {}
-            Use::Sets | Use::Changes | Use::ReadsAndSets => {
-                self.flags = if self.live[number] { Flags::Host } else { Flags::Dead };
-            }
+        if matches!(used, Use::None | Use::Reads) {
+            return;
         }
+        let carry_is_elsewhere = matches!(self.flags, Flags::Saved | Flags::HostButCarry);
+        self.flags = match used {
+            _ if !self.live[number] => Flags::Dead,
+            Use::KeepsCarry if carry_is_elsewhere => Flags::HostButCarry,
+            _ => Flags::Host,
+        };
     }
 
     fn write_asides(&mut self) {
@@ -298,7 +338,7 @@ impl Lowering<'_> {
                 }
                 self.asm.jcc_to(NOT_EQUAL, self.gate.exit);
                 self.get_vector_again(number, vector);
-                if matches!(flags, Flags::Host | Flags::Both) {
+                if matches!(flags, Flags::Host | Flags::HostButCarry | Flags::Both) {
                     self.load_saved_flags();
                 }
                 self.asm.jump_back(resume);
@@ -374,9 +414,8 @@ fn flag_use(insn: &Instruction) -> Use {
         Add | Or | And | Sub | Xor | Cmp | Test | Neg | Xadd | Cmpxchg => Use::Sets,
         // RCL and RCR leave some: they have been loaded.
         Adc | Sbb | Rcl | Rcr => Use::ReadsAndSets,
-        Inc | Dec | Rol | Ror | Bt | Bts | Btr | Btc | Imul | Bsf | Bsr | Tzcnt | Lzcnt | Popcnt => {
-            Use::Changes
-        }
+        Inc | Dec => Use::KeepsCarry,
+        Rol | Ror | Bt | Bts | Btr | Btc | Imul | Bsf | Bsr | Tzcnt | Lzcnt | Popcnt => Use::Changes,
         Shl | Sal | Shr | Sar => shift_use(insn),
         _ if insn.is_jcc_short_or_near() => Use::Reads,
         _ if crate::interp::mov::condition_of(insn).is_some() => Use::Reads,
