@@ -114,6 +114,13 @@ pub enum EngineConfig {
     SoftInterpreter,
     /// The host's KVM.
     Kvm,
+    /// The host's KVM, for the ring 3 of guests' guests too where some of its instructions go unnoticed there (`turtles
+    /// doctor` names them).
+    #[value(name = "kvm,l2")]
+    KvmL2,
+    /// The same at once, not when it pays: for tests.
+    #[value(name = "kvm,l2-eager", hide = true)]
+    KvmL2Eager,
 }
 
 /// `--disk FILE[,ro]`.

@@ -178,7 +178,7 @@ enum Detail {
 
 fn print_run(out: &mut dyn Write, engine: EngineConfig, run: &GuestRun, detail: Detail) {
     let name = match engine {
-        EngineConfig::Kvm => "kvm ",
+        EngineConfig::Kvm | EngineConfig::KvmL2 | EngineConfig::KvmL2Eager => "kvm ",
         EngineConfig::Soft | EngineConfig::SoftInterpreter | EngineConfig::Auto => "soft",
     };
     let (pass, fail, skip) =
@@ -191,7 +191,9 @@ fn print_run(out: &mut dyn Write, engine: EngineConfig, run: &GuestRun, detail: 
         }
     }
     let speed = match engine {
-        EngineConfig::Kvm => format!("; {} instructions finished in the software CPU", run.instructions),
+        EngineConfig::Kvm | EngineConfig::KvmL2 | EngineConfig::KvmL2Eager => {
+            format!("; {} instructions finished in the software CPU", run.instructions)
+        }
         EngineConfig::Soft | EngineConfig::SoftInterpreter | EngineConfig::Auto => {
             format!("; {:.1} million instructions", run.instructions as f64 / 1e6)
         }

@@ -28,7 +28,7 @@ use crate::devices::lapic::APIC_TIMER_HZ;
 use crate::devices::virtio::DmaObserver;
 use crate::devices::{MachineControl, MachineEvent};
 use crate::doctor;
-use crate::engine::kvm::{GuestTsc, KvmHost, KvmVm, Share};
+use crate::engine::kvm::{GuestTsc, KvmHost, KvmVm, L2Policy, Share};
 use crate::engine::{Engine, Soft};
 use crate::error::RunError;
 use crate::memory::{HIGH_RAM_START, LOW_RAM_END, Ram};
@@ -377,8 +377,14 @@ fn start_trace(path: &Path, config: &MachineConfig, clock: &Arc<Clock>) -> Resul
 fn open_engine(config: &MachineConfig) -> Result<Option<KvmHost>, RunError> {
     match config.engine {
         EngineConfig::Soft | EngineConfig::SoftInterpreter => Ok(None),
-        EngineConfig::Kvm if config.clock == ClockSource::Virtual => Err(RunError::VirtualClockKvm),
+        EngineConfig::Kvm | EngineConfig::KvmL2 | EngineConfig::KvmL2Eager
+            if config.clock == ClockSource::Virtual =>
+        {
+            Err(RunError::VirtualClockKvm)
+        }
         EngineConfig::Kvm => Ok(Some(KvmHost::open()?)),
+        EngineConfig::KvmL2 => Ok(Some(KvmHost::open()?.with_l2(L2Policy::Leaky))),
+        EngineConfig::KvmL2Eager => Ok(Some(KvmHost::open()?.with_l2(L2Policy::Eager))),
         EngineConfig::Auto if config.clock == ClockSource::Virtual => Ok(None),
         EngineConfig::Auto => {
             let choice = doctor::probe().choose();

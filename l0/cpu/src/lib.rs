@@ -191,6 +191,14 @@ impl Cpu {
         self.attend();
     }
 
+    /// Call after another engine has executed code in ring 3: registers have changed, and nothing that translations
+    /// depend on.
+    pub fn registers_changed(&mut self) {
+        self.state.x87.update_summary();
+        self.refresh_mode();
+        self.attend();
+    }
+
     /// Counts occasions at which the privilege level may have changed. As long as it stays the same, so does the
     /// privilege level.
     pub fn mode_changes(&self) -> u64 {

@@ -9,12 +9,15 @@
 //! - CODE-3: a page's version is odd while its mask goes from or to zero, and is another one afterwards. Blocks
 //!   remember even versions, so a block that is fresh has all its bits in the mask, set before it was decoded.
 //!
+//! An engine that lets guests write to RAM on its own takes part as a [`CodeObserver`]: it asks [`PhysMemory::has_code`]
+//! before it makes a page writable, and makes it read-only when told that code appeared there.
+//!
 //! One of the crate's unsafe islands: raw host pointers to guest RAM, which the owner keeps mapped for as long as
 //! this value lives. Guest RAM is accessed with single `mov`s of the operand's width, so that ordinary guest
 //! accesses have the host's (x86's) ordering and atomicity.
 
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, fence};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
 
 use crate::attention::Attention;
 
@@ -116,10 +119,18 @@ impl Drop for Inside {
     }
 }
 
+/// Somebody besides the vCPUs here through whom guests write to RAM.
+pub trait CodeObserver: Send + Sync {
+    /// Code is about to be decoded from the 4-KiB page at `page`, which had none: when this returns, no write to it goes
+    /// by that [`PhysMemory::wrote`] is not told of.
+    fn code_appears(&self, page: u64);
+}
+
 /// Guest-physical memory, shared by all vCPUs.
 pub struct PhysMemory {
     ranges: Box<[Range]>,
     peers: RwLock<Vec<Arc<Peer>>>,
+    observers: RwLock<Vec<Weak<dyn CodeObserver>>>,
     split: Mutex<()>,
     keep_alive: Box<dyn std::any::Any + Send + Sync>,
 }
@@ -146,7 +157,42 @@ impl PhysMemory {
                 pages: (0..r.len / 4096).map(|_| CodePage::default()).collect(),
             })
             .collect();
-        Self { ranges, peers: RwLock::default(), split: Mutex::default(), keep_alive }
+        Self {
+            ranges,
+            peers: RwLock::default(),
+            observers: RwLock::default(),
+            split: Mutex::default(),
+            keep_alive,
+        }
+    }
+
+    /// Adds somebody who writes to RAM besides the vCPUs here, for as long as they live.
+    pub fn observe_code(&self, observer: Weak<dyn CodeObserver>) {
+        let mut observers = self.observers.write().unwrap_or_else(PoisonError::into_inner);
+        observers.retain(|old| old.strong_count() > 0);
+        observers.push(observer);
+    }
+
+    /// True if code was decoded from the page at `page`, so that writes to it must not go unnoticed. An observer that
+    /// asks before a page becomes writable and is asked to protect it under the same lock misses nothing.
+    pub fn has_code(&self, page: u64) -> bool {
+        self.page(page).is_some_and(|(_, code)| !code.is_plain())
+    }
+
+    fn tell_observers(&self, code: &CodePage) {
+        let observers = self.observers.read().unwrap_or_else(PoisonError::into_inner);
+        if observers.is_empty() {
+            return;
+        }
+        let at = std::ptr::from_ref(code) as usize;
+        let page = self.ranges.iter().find_map(|range| {
+            let index = at.wrapping_sub(range.pages.as_ptr() as usize) / size_of::<CodePage>();
+            range.pages.get(index).filter(|found| std::ptr::eq(*found, code))?;
+            Some(range.start + ((index as u64) << 12))
+        });
+        for observer in observers.iter().filter_map(Weak::upgrade) {
+            page.into_iter().for_each(|page| observer.code_appears(page));
+        }
     }
 
     /// Adds a vCPU.
@@ -323,6 +369,7 @@ impl PhysMemory {
                 code.mask.store(bits, Ordering::SeqCst);
                 drop_own_writes();
                 self.drop_write_translations_of_others(me, drop_own_writes);
+                self.tell_observers(code);
                 return change.after;
             }
             // Never from zero, which would leave out the others: hence no plain `fetch_or`.

@@ -14,6 +14,7 @@
 //! - `transfer`: moving state, with `convert` (registers, events), `xsave`, `msrs` and `tsc`
 //! - `cpuid`: what the guest may see; `probe`: how fast this KVM is; `probe_exits`: what it tells us of
 //! - `traps`: VMX instructions of a guest hypervisor, where KVM executes its ring 0
+//! - `l2`: guests of the guest, each of their EPT roots in a KVM VM of its own
 //! - `user`: the share of the guest that KVM executes where it emulates ring 0; `tunables`: its sizes
 //!
 //! What runs where ([`Share`], decided once by the measured speed of ring 0):
@@ -24,7 +25,7 @@
 //! | ring 3, 64-bit, long without a system call | KVM | KVM, if nothing of its state needs the kernel's registers |
 //! | ring 3 otherwise | KVM | software CPU: one way to KVM and back costs as much as thousands of instructions |
 //! | exceptions, interrupts, INT n, SYSCALL from ring 3 | KVM | software CPU, from the state before the instruction |
-//! | guests of the guest (VMX non-root operation) | UNSUPPORTED: the guest sees no VMX | software CPU |
+//! | guests of the guest (VMX non-root operation) | ring 3: KVM, else software CPU: see `l2` | software CPU; ring 3 with `--engine kvm,l2` |
 //!
 //! Invariants:
 //! - KICK-1: whoever sets an attention bit either is seen before KVM_RUN, or ends it.
@@ -37,6 +38,7 @@ mod exits;
 mod host;
 mod ioctl;
 mod kick;
+mod l2;
 mod msrs;
 mod probe;
 mod probe_exits;
@@ -56,6 +58,7 @@ mod user_tests;
 
 pub use cpuid::LostFeature;
 pub use host::{CAPABILITIES, Capability, KvmHost, Need, OpenError, Share};
+pub use l2::{L2Policy, L2Stats, Leaks};
 pub use probe::{FAST_RING0, Speed};
 pub use probe_exits::{Exits, VmxReach};
 pub use tsc::GuestTsc;

@@ -16,10 +16,56 @@ use turtles_cpu::vmx::{EptAccess, EptFault, EptPage, SecondLevel};
 
 use crate::trace::{Level, Trace};
 
+/// What an engine that keeps translations of its own has to hear of EPT02. It takes what has come together before it
+/// lets L2 run.
+#[derive(Default)]
+pub struct Journal {
+    /// What translated an access, by the root in force.
+    pub found: Vec<(Root, L2Gpa, Page)>,
+    /// What no longer translates: by root and address, as an EPT violation has it.
+    pub lost: Vec<(Root, L2Gpa)>,
+    pub invalidated: Vec<Invalidation>,
+}
+
+impl Journal {
+    /// Further pages found are not told: they will be found again when they are missed.
+    const MOST_FOUND: usize = 512;
+    /// Beyond this, everything is as good as lost.
+    const MOST_LOST: usize = 64;
+
+    fn lose(&mut self, root: Root, gpa: L2Gpa) {
+        if self.lost.len() < Self::MOST_LOST {
+            self.lost.push((root, gpa));
+        } else {
+            self.invalidate(Invalidation::AllContexts);
+        }
+    }
+
+    fn invalidate(&mut self, what: Invalidation) {
+        if what == Invalidation::AllContexts || self.invalidated.len() >= Self::MOST_LOST {
+            self.invalidated = vec![Invalidation::AllContexts];
+            self.found.clear();
+            self.lost.clear();
+        } else {
+            if let Invalidation::SingleContext(table) = what {
+                self.found.retain(|(root, ..)| root.table != table);
+            }
+            self.invalidated.push(what);
+        }
+    }
+
+    /// Nothing to hear.
+    pub fn is_empty(&self) -> bool {
+        self.found.is_empty() && self.lost.is_empty() && self.invalidated.is_empty()
+    }
+}
+
 /// The combined tables of one vCPU.
 pub struct CombinedTables {
     ept02: Ept02,
     faults: u64,
+    /// Kept once an engine asks for it.
+    journal: Option<Box<Journal>>,
     /// Where fills are told, and whose they are.
     trace: Option<(Arc<Trace>, usize)>,
 }
@@ -29,7 +75,7 @@ impl CombinedTables {
     pub fn new(capabilities: &vmcs_shadow::caps::Capabilities) -> Self {
         let caps = Capabilities::from_msr(capabilities.ept_vpid(), PHYSICAL_BITS);
         let root = Root::new(0, ExecuteControl::Single);
-        Self { ept02: Ept02::new(Limits::default(), caps, root), faults: 0, trace: None }
+        Self { ept02: Ept02::new(Limits::default(), caps, root), faults: 0, journal: None, trace: None }
     }
 
     /// Puts an EPT pointer that VM entry accepted in force, with the VMCS's mode-based execute control and
@@ -47,12 +93,33 @@ impl CombinedTables {
 
     /// INVEPT of a single context. The CPU's own translations are for its owner to forget.
     pub fn invalidate_context(&mut self, eptp: u64) {
-        self.ept02.invalidate(Invalidation::of(eptp));
+        self.invalidate(Invalidation::of(eptp));
     }
 
     /// INVEPT of all contexts.
     pub fn invalidate_all(&mut self) {
-        self.ept02.invalidate(Invalidation::AllContexts);
+        self.invalidate(Invalidation::AllContexts);
+    }
+
+    fn invalidate(&mut self, what: Invalidation) {
+        self.ept02.invalidate(what);
+        if let Some(journal) = &mut self.journal {
+            journal.invalidate(what);
+        }
+    }
+
+    /// What has happened since the last call, and the root in force. The first call has nothing to tell.
+    pub fn journal(&mut self) -> (Root, &mut Journal) {
+        (self.ept02.root(), self.journal.get_or_insert_default())
+    }
+
+    #[cold]
+    fn note(journal: &mut Journal, root: Root, gpa: L2Gpa, found: Option<Page>) {
+        match found {
+            Some(page) if journal.found.len() < Journal::MOST_FOUND => journal.found.push((root, gpa, page)),
+            Some(_) => {}
+            None => journal.lose(root, gpa),
+        }
     }
 
     /// The part of an EPT pointer by which INVEPT knows its context.
@@ -119,6 +186,9 @@ impl SecondLevel for CombinedTables {
         let walks = self.ept02.walks();
         match self.ept02.translate(&Physical(memory), &Identity, gpa, access_of(access)) {
             Ok(page) => {
+                if let Some(journal) = &mut self.journal {
+                    Self::note(journal, self.ept02.root(), gpa, Some(page));
+                }
                 if let Some((trace, vcpu)) = &self.trace {
                     if self.ept02.walks() != walks {
                         Self::tell(trace, *vcpu, gpa, page);
@@ -126,7 +196,12 @@ impl SecondLevel for CombinedTables {
                 }
                 Ok(page_of(page, gpa))
             }
-            Err(fault) => Err(self.refuse(fault)),
+            Err(fault) => {
+                if let Some(journal) = &mut self.journal {
+                    Self::note(journal, self.ept02.root(), gpa, None);
+                }
+                Err(self.refuse(fault))
+            }
         }
     }
 

@@ -6,6 +6,7 @@ use kvm_bindings as kb;
 use kvm_ioctls::Kvm;
 
 use super::failed;
+use super::l2::L2Policy;
 use super::probe::FAST_RING0;
 use super::probe_exits::{Exits, VmxReach};
 use crate::engine::EngineError;
@@ -167,6 +168,8 @@ pub struct KvmHost {
     pub(super) share: Share,
     /// What was tried of its exits.
     pub(super) exits: Exits,
+    /// What it executes of guests of the guest.
+    pub(super) l2: L2Policy,
 }
 
 impl KvmHost {
@@ -196,6 +199,7 @@ impl KvmHost {
             kvm: Arc::new(kvm),
             share: Share::All,
             exits: Exits { vmx: VmxReach::Nothing, tsc_deadline: true },
+            l2: L2Policy::default(),
         };
         (this.share, this.exits) = this.tried()?;
         Ok(this)
@@ -226,6 +230,11 @@ impl KvmHost {
     /// The same KVM, given `share` to execute whatever was measured.
     pub fn with_share(self, share: Share) -> Self {
         Self { share, ..self }
+    }
+
+    /// The same KVM, given guests of the guest by another rule.
+    pub fn with_l2(self, l2: L2Policy) -> Self {
+        Self { l2, ..self }
     }
 
     /// What KVM executes.

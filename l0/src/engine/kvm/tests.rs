@@ -14,7 +14,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend as _};
 use x86defs::cpuid::Register;
 use x86defs::{cr0, cr4, efer, msr, paging, rflags};
 
-use super::{GuestTsc, KvmHost, KvmVcpu, KvmVm, Share, Stats};
+use super::{GuestTsc, KvmHost, KvmVcpu, KvmVm, L2Policy, Share, Stats};
 use crate::engine::Engine;
 use crate::memory::Ram;
 use crate::vcpu_signal::{VcpuSignal, lock};
@@ -99,10 +99,10 @@ impl Bus for TestBus {
 
 pub(super) struct Machine {
     pub(super) cpu: Cpu,
-    vcpu: KvmVcpu,
+    pub(super) vcpu: KvmVcpu,
     ram: Ram,
     seen: Arc<Mutex<Seen>>,
-    signal: Arc<VcpuSignal>,
+    pub(super) signal: Arc<VcpuSignal>,
 }
 
 /// A machine with 4 MiB of RAM, or none where there is no KVM.
@@ -113,7 +113,7 @@ fn machine() -> Option<Machine> {
 /// One whose KVM executes `share`, whatever suits this host.
 pub(super) fn machine_with(share: Share) -> Option<Machine> {
     let host = match KvmHost::open() {
-        Ok(host) => host.with_share(share),
+        Ok(host) => host.with_share(share).with_l2(L2Policy::Eager),
         Err(error) => {
             println!("SKIP kvm: {error}");
             return None;

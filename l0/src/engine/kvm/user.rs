@@ -66,7 +66,7 @@ impl Default for UserShare {
 }
 
 /// True if ring 3 would behave on the processor as this state demands.
-fn suits(state: &CpuState) -> bool {
+pub(super) fn suits(state: &CpuState) -> bool {
     let selector = |seg| state.seg(seg).selector;
     let data = [Seg::Ds, Seg::Es, Seg::Fs, Seg::Gs];
     let selectors = selector(Seg::Cs) == USER_CS
@@ -97,7 +97,7 @@ fn suits(state: &CpuState) -> bool {
 }
 
 /// The state as KVM gets it: nothing leads out of ring 3.
-fn fence_in(state: &mut CpuState) {
+pub(super) fn fence_in(state: &mut CpuState) {
     let nothing = Segment { base: 0, limit: 0, access: segment::UNUSABLE, selector: 0 };
     state.idtr = TableRegister { base: 0, limit: 0 };
     state.gdtr = TableRegister { base: 0, limit: 0 };
@@ -113,7 +113,7 @@ fn fence_in(state: &mut CpuState) {
 }
 
 /// Takes from `kvm` what ring 3 can change, and the rest from `before`.
-fn take_back(before: CpuState, kvm: &CpuState) -> CpuState {
+pub(super) fn take_back(before: CpuState, kvm: &CpuState) -> CpuState {
     let mut state = before;
     state.gpr = kvm.gpr;
     state.rip = kvm.rip;
@@ -251,7 +251,7 @@ fn progress(state: &CpuState) -> (u64, u64, [u64; 16]) {
 
 /// True if KVM stopped at an exception that came after its instruction: for a fault KVM sets RFLAGS.RF, or still has
 /// it to deliver.
-fn is_trap(kvm: &CpuState, shut_down: bool) -> bool {
+pub(super) fn is_trap(kvm: &CpuState, shut_down: bool) -> bool {
     match kvm.injected {
         Some(event) => matches!(event.vector, vector::DB | vector::BP | vector::OF),
         None => shut_down && !kvm.system_flag(rflags::RF),
@@ -259,7 +259,7 @@ fn is_trap(kvm: &CpuState, shut_down: bool) -> bool {
 }
 
 /// A trap (INT3, single-step) came after its instruction, and KVM has not delivered it.
-fn redo_trap(cpu: &mut Cpu) {
+pub(super) fn redo_trap(cpu: &mut Cpu) {
     let rip = cpu.state.rip;
     let mut bytes = [0; 3];
     let known = cpu.peek(rip.wrapping_sub(2), &mut bytes);

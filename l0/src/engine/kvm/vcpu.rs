@@ -11,17 +11,18 @@ use turtles_cpu::{Cpu, Exit};
 use x86defs::rflags;
 
 use super::kick::{Running, SliceTimer, Target};
+use super::l2::{L2Share, L2Stats, Lent};
 use super::transfer::{ALL_IN_RUN_PAGE, Image};
 use super::traps::{Fit, Traps};
 use super::tsc::TscSync;
 use super::tunables::UNFIT_BURST;
 use super::user::UserShare;
-use super::{KvmVm, LostFeature, Share, convert, failed, ioctl, traps};
+use super::{KvmHost, KvmVm, LostFeature, Share, convert, failed, ioctl, traps};
 use crate::engine::{Engine, EngineError};
 use crate::vcpu_signal::VcpuSignal;
 
 /// KVM cannot count instructions: [`Engine::run`] ends after this time instead of its budget.
-const SLICE: Duration = Duration::from_millis(100);
+pub(super) const SLICE: Duration = Duration::from_millis(100);
 /// Smaller budgets are meant exactly, and only the software CPU counts.
 const EXACT_BUDGET: u64 = 1000;
 /// KVM giving up again so soon after an entry means that it cannot execute what the guest does at present: about
@@ -141,6 +142,8 @@ pub struct KvmVcpu {
     pub(super) user: UserShare,
     /// Set where the guest is shown VMX and KVM executes its ring 0.
     pub(super) traps: Option<Traps>,
+    /// Guests of the guest.
+    pub(super) l2: Option<Box<L2Share>>,
     lost: Vec<LostFeature>,
     pub(super) stats: Stats,
 }
@@ -198,6 +201,7 @@ impl KvmVcpu {
             warned_of_entry: false,
             user: UserShare::default(),
             traps: traps.map(Traps::new),
+            l2: None,
             lost,
             stats: Stats::default(),
         })
@@ -211,6 +215,28 @@ impl KvmVcpu {
     /// Features of the CPU model that the guest does not see, because KVM cannot give them.
     pub fn lost_features(&self) -> &[LostFeature] {
         &self.lost
+    }
+
+    /// The KVM that it is in.
+    pub fn host(&self) -> &KvmHost {
+        &self.vm.host
+    }
+
+    /// What L2 did on KVM.
+    pub fn l2_stats(&self) -> L2Stats {
+        self.l2.as_ref().map_or_else(L2Stats::default, |l2| l2.stats)
+    }
+
+    /// L1's own KVM VM knows nothing of the controls and tables that its guests run under: they have others.
+    fn run_l2(&mut self, cpu: &mut Cpu, budget: u64) -> Result<Exit, EngineError> {
+        let Some(l2) = &mut self.l2 else {
+            return Ok(self.execute(cpu, budget).unwrap_or(Exit::Budget));
+        };
+        let before = cpu.state.instructions;
+        let lent = Lent { attention: &self.signal.attention, target: &self.target, timer: &mut self.timer };
+        let exit = l2.run(cpu, budget, lent);
+        self.stats.software_instructions += cpu.state.instructions.wrapping_sub(before);
+        exit
     }
 
     fn run_loop(&mut self, cpu: &mut Cpu) -> Result<Exit, EngineError> {
@@ -544,9 +570,11 @@ fn set_tsc_frequency(vm: &KvmVm, fd: &VcpuFd, tsc_hz: u64) {
 
 impl Engine for KvmVcpu {
     fn run(&mut self, cpu: &mut Cpu, budget: u64) -> Result<Exit, EngineError> {
-        // KVM knows nothing of the controls and tables that a guest of the guest runs under.
-        if budget < EXACT_BUDGET || cpu.vmx.operation == Operation::NonRoot {
+        if budget < EXACT_BUDGET {
             return Ok(self.execute(cpu, budget).unwrap_or(Exit::Budget));
+        }
+        if cpu.vmx.operation == Operation::NonRoot {
+            return self.run_l2(cpu, budget);
         }
         if let (Operation::Root, Some(traps)) = (cpu.vmx.operation, &self.traps) {
             // What L1 does about an exit is mostly VMX instructions, each of which would be a way to KVM and back.

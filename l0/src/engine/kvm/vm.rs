@@ -1,5 +1,6 @@
 //! A KVM virtual machine: guest RAM as memory slots, and which MSRs come to us.
 
+use std::fs::File;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
@@ -12,6 +13,7 @@ use turtles_cpu::Cpu;
 use turtles_cpu::cpuid::Dynamic;
 use vm_memory::{GuestAddress, GuestMemoryBackend as _, GuestMemoryMmap};
 
+use super::l2::{FileMap, L2Share};
 use super::{KvmHost, KvmVcpu, failed, msrs};
 use crate::engine::EngineError;
 use crate::memory::{GuestMemory, Ram};
@@ -34,6 +36,9 @@ pub struct KvmVm {
     spare: Mutex<GuestMemoryMmap<()>>,
     /// vCPUs made so far.
     pub(super) vcpus: AtomicUsize,
+    /// Where RAM is, for guests of the guest.
+    files: FileMap,
+    file: Arc<File>,
 }
 
 impl KvmVm {
@@ -53,6 +58,8 @@ impl KvmVm {
             memory: Arc::clone(&ram.memory),
             spare: Mutex::new(spare),
             vcpus: AtomicUsize::new(0),
+            files: FileMap::of(ram),
+            file: Arc::clone(&ram.file),
         };
         for (slot, &(start, len, _)) in (0..).zip(&ram.ranges) {
             vm.set_slot(slot, start, len, host_address(&vm.memory, start)?)?;
@@ -82,9 +89,11 @@ impl KvmVm {
             misc_enable: cpu.state.msrs.misc_enable,
             ..Dynamic::default()
         };
-        KvmVcpu::new(self, index, signal, model.tsc_hz(), &|leaf, subleaf| {
+        let mut vcpu = KvmVcpu::new(self, index, signal, model.tsc_hz(), &|leaf, subleaf| {
             model.cpuid(leaf, subleaf, &after_reset)
-        })
+        })?;
+        vcpu.l2 = Some(Box::new(L2Share::new(&self.host, &self.file, &self.files)));
+        Ok(vcpu)
     }
 
     fn set_slot(&self, slot: u32, start: u64, len: u64, host: u64) -> Result<(), EngineError> {
