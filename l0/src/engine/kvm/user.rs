@@ -4,7 +4,7 @@
 //! checks modes by its emulator, which is slow and in places wrong. So KVM gets only what needs none of that: 64-bit
 //! code in ring 3, in long stretches. It is entered with registers under which nothing can leave ring 3: an IDT and a
 //! GDT of limit zero, no SYSCALL, no SYSENTER, no TSS. Whatever the guest does other than compute then ends KVM_RUN
-//! (KVM_EXIT_SHUTDOWN) with the state as before the instruction, which the software CPU executes under the guest's
+//! (KVM_EXIT_SHUTDOWN) with the state as before the instruction (SYSCALL leads nowhere, and is taken back), which the software CPU executes under the guest's
 //! own system registers. INT3 and single-step are told apart (`is_trap`): they end it after the instruction.
 //!
 //! Only what ring 3 can change is taken back from KVM (`take_back`); the rest never was KVM's.
@@ -27,7 +27,7 @@ use std::time::Instant;
 
 use kvm_bindings as kb;
 use turtles_cpu::attention::Attention;
-use turtles_cpu::state::{CpuState, Seg, Segment, Shadow, TableRegister};
+use turtles_cpu::state::{CpuState, Msrs, Seg, Segment, Shadow, TableRegister, reg};
 use turtles_cpu::{Cpu, Exit};
 use x86defs::{cr0, cr4, dr, efer, rflags, segment, vector, xcr0};
 
@@ -64,6 +64,12 @@ impl Default for UserShare {
         Self { patience: PATIENCE, left_at: None }
     }
 }
+
+/// Where SYSCALL leads meanwhile, since such a KVM does not ask EFER.SCE: nobody's, and no ring 3 can execute there.
+const NOWHERE: u64 = 0xffff_8000_0000_0000;
+const SYSCALL_LEN: u64 = 2;
+/// The register that SYSCALL saves RFLAGS in.
+const R11: usize = 11;
 
 /// True if ring 3 would behave on the processor as this state demands.
 pub(super) fn suits(state: &CpuState) -> bool {
@@ -108,7 +114,7 @@ pub(super) fn fence_in(state: &mut CpuState) {
     state.cr3 &= !0xfff;
     state.efer &= efer::LME | efer::LMA | efer::NXE;
     state.dr7 = dr::DR7_FIXED_1;
-    state.msrs = Default::default();
+    state.msrs = Msrs { lstar: NOWHERE, ..Msrs::default() };
     state.nmi_blocked = false;
 }
 
@@ -122,6 +128,12 @@ pub(super) fn take_back(before: CpuState, kvm: &CpuState) -> CpuState {
     state.vector.mxcsr = kvm.vector.mxcsr;
     for (to, from) in state.vector.ymm.iter_mut().zip(&kvm.vector.ymm) {
         to[..16].copy_from_slice(&from[..16]);
+    }
+    if kvm.rip == NOWHERE {
+        // SYSCALL, which begins anew: it has overwritten only what it will overwrite again.
+        state.rip = kvm.gpr.get(reg::RCX).wrapping_sub(SYSCALL_LEN);
+        state.set_rflags(kvm.gpr.get(R11) & !KERNELS_FLAGS | state.rflags() & KERNELS_FLAGS);
+        return state;
     }
     for seg in [Seg::Es, Seg::Cs, Seg::Ss, Seg::Ds, Seg::Fs, Seg::Gs] {
         let loaded = kvm.seg(seg);

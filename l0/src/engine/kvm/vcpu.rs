@@ -224,7 +224,7 @@ impl KvmVcpu {
 
     /// What L2 did on KVM.
     pub fn l2_stats(&self) -> L2Stats {
-        self.l2.as_ref().map_or_else(L2Stats::default, |l2| l2.stats)
+        self.l2.as_ref().map_or_else(L2Stats::default, |l2| l2.stats())
     }
 
     /// L1's own KVM VM knows nothing of the controls and tables that its guests run under: they have others.

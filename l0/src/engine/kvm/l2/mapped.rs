@@ -80,7 +80,6 @@ impl Mapped {
     }
 
     /// Ranges at present.
-    #[cfg(test)]
     pub(super) fn ranges(&self) -> usize {
         lock(&self.inner).ranges.len()
     }

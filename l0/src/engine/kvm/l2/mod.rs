@@ -99,6 +99,8 @@ pub struct L2Stats {
     pub misses: u64,
     /// KVM VMs made.
     pub guests: u64,
+    /// Ranges of memory mapped at present.
+    pub ranges: u64,
 }
 
 /// One vCPU's share of L2 on KVM.
@@ -117,7 +119,7 @@ pub(super) struct L2Share {
     apic_page: Option<L1Gpa>,
     /// A VM could not be made: nothing more is tried.
     given_up: bool,
-    pub(super) stats: L2Stats,
+    stats: L2Stats,
 }
 
 /// What a vCPU's engine lends its L2s.
@@ -333,10 +335,10 @@ impl L2Share {
         Guest::new(&self.host, cpu.model(), mapped)
     }
 
-    /// Ranges mapped at present, for tests.
-    #[cfg(test)]
-    pub(super) fn ranges(&self) -> usize {
-        self.guests.iter().map(|(_, guest)| guest.mapped.ranges()).sum()
+    /// What happened so far.
+    pub(super) fn stats(&self) -> L2Stats {
+        let ranges = self.guests.iter().map(|(_, guest)| guest.mapped.ranges() as u64).sum();
+        L2Stats { ranges, ..self.stats }
     }
 }
 

@@ -78,6 +78,7 @@ impl Ranges {
     }
 
     /// Where `gpa` is, and what may be done there.
+    #[cfg(test)]
     pub(super) fn find(&self, gpa: L2Gpa) -> Option<(u64, Rights)> {
         let (start, range) = self.ranges.range(..=gpa.0).next_back()?;
         let into = gpa.0 - start;
