@@ -84,7 +84,7 @@ pub fn run(
     let guests = pick(names)?;
     let chosen = match only {
         None | Some(EngineConfig::Auto) => doctor::probe().choose().engine,
-        Some(EngineConfig::Kvm) => doctor::Chosen::Kvm,
+        Some(EngineConfig::Kvm | EngineConfig::KvmL2 | EngineConfig::KvmL2Eager) => doctor::Chosen::Kvm,
         Some(EngineConfig::Soft | EngineConfig::SoftInterpreter) => doctor::Chosen::Soft,
     };
     let kvm = KvmHost::open().err();
