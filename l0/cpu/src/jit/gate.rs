@@ -11,7 +11,9 @@ use super::emit::{
     Alu, Assembler, B4, B8, EQUAL, Fixup, Mem, NOT_EQUAL, R8, R9, R10, R11, R12, R13, R14, R15, RAX, RBP,
     RBX, RCX, RDI, RDX, RSI, RSP, Reg,
 };
+use super::lower::table;
 use crate::Cpu;
+use crate::mmu::tlb::{DATA_ENTRIES, DataTable, SECOND_MASK, SECOND_SHIFT};
 use crate::op::Op;
 use crate::profile::Doing;
 use crate::state::SLOT_BLOCK_IP;
@@ -117,6 +119,10 @@ pub(super) struct Gate {
     pub look_at: u64,
     /// Gets vector state into the host's registers: see [`super::vector::emit`].
     pub get_vector: u64,
+    /// Look in a data translation's second place: RDX the address, RCX the page of the last byte, with what of its low bits
+    /// must be clear. ZF if it is there, with its addend in RAX. Clobber RCX.
+    pub second_read: u64,
+    pub second_write: u64,
     /// What the host's processor has.
     pub host: Host,
 }
@@ -211,7 +217,35 @@ pub(super) fn emit(asm: &mut Assembler) -> Gate {
 
     let call_op = emit_call(asm, &vectors, host, call_op as *const () as u64, exit);
     let call_crossing = emit_call(asm, &vectors, host, call_crossing as *const () as u64, exit);
-    Gate { enter, exit, call_op, call_crossing, look_at, get_vector: vectors.get, host }
+    let second_read = emit_second(asm, host, offset_of!(DataTable, read));
+    let second_write = emit_second(asm, host, offset_of!(DataTable, write));
+    let get_vector = vectors.get;
+    Gate { enter, exit, call_op, call_crossing, look_at, get_vector, second_read, second_write, host }
+}
+
+/// Writes [`Gate::second_read`] or, with the other array of tags, [`Gate::second_write`].
+fn emit_second(asm: &mut Assembler, host: Host, tags: usize) -> u64 {
+    let start = asm.address(asm.here());
+    // As `second_index`; the first is shr rax, SECOND_SHIFT.
+    asm.mov(B8, RAX, RDX);
+    asm.bytes(&[0x48, 0xc1, 0xe8, SECOND_SHIFT]);
+    asm.alu_imm(B4, Alu::And, RAX, SECOND_MASK as u32 as i32);
+    asm.alu(B4, Alu::Xor, RAX, RDX);
+    asm.shr32(RAX, 12);
+    asm.alu_imm(B4, Alu::And, RAX, DATA_ENTRIES as i32 - 1);
+    let behind = DATA_ENTRIES * 8;
+    let (tag, addend) = (table(RAX, tags + behind), table(RAX, offset_of!(DataTable, addend) + behind));
+    if host.pext {
+        asm.add_gs(RCX, tag);
+        asm.load_gs(RAX, addend);
+    } else {
+        asm.shl32(RAX, 3);
+        asm.alu_load(B8, Alu::Add, RAX, field(offset_of!(Cpu, data_table)));
+        asm.alu_load(B8, Alu::Add, RCX, Mem::at(RAX, tag.disp));
+        asm.load(B8, RAX, Mem::at(RAX, addend.disp));
+    }
+    asm.bytes(&[0xc3]);
+    start
 }
 
 /// Writes the way to a Rust function of an op, a place and a number of instructions, and back.

@@ -76,14 +76,22 @@ impl Cpu {
     #[inline(always)]
     pub(crate) fn fast_write_pointer(&self, linear: u64, size: usize) -> Option<*mut u8> {
         let entry = self.data_entry(linear);
-        entry.writes(linear, size).then(|| entry.addend.wrapping_add(linear) as *mut u8)
+        if entry.writes(linear, size) {
+            return Some(entry.addend.wrapping_add(linear) as *mut u8);
+        }
+        let second = self.second_entry(linear);
+        second.writes(linear, size).then(|| second.addend.wrapping_add(linear) as *mut u8)
     }
 
     /// Host pointer to `linear` if the current privilege may read its page through the fast path.
     #[inline(always)]
     pub(crate) fn fast_read_pointer(&self, linear: u64) -> Option<*mut u8> {
         let entry = self.data_entry(linear);
-        entry.reads(linear, 1).then(|| entry.addend.wrapping_add(linear) as *mut u8)
+        if entry.reads(linear, 1) {
+            return Some(entry.addend.wrapping_add(linear) as *mut u8);
+        }
+        let second = self.second_entry(linear);
+        second.reads(linear, 1).then(|| second.addend.wrapping_add(linear) as *mut u8)
     }
 
     #[inline(always)]
@@ -93,9 +101,20 @@ impl Cpu {
         unsafe { (*self.data_table).entry(linear) }
     }
 
+    /// What is in the second place of `linear`.
+    fn second_entry(&self, linear: u64) -> DataEntry {
+        // SAFETY: as in `data_entry`.
+        unsafe { (*self.data_table).second(linear) }
+    }
+
     #[cold]
     #[inline(never)]
     fn load_slow<T: Word>(&mut self, linear: u64) -> Exec<T> {
+        let second = self.second_entry(linear);
+        if second.reads(linear, T::SIZE) {
+            // SAFETY: as in `load`.
+            return Ok(unsafe { T::load(second.addend.wrapping_add(linear) as *mut u8) });
+        }
         if self.is_plain_miss(linear, T::SIZE) {
             self.check_address(linear, T::SIZE)?;
             if let Place::Ram(_, host) = self.place(linear, T::SIZE, Access::Read, self.privilege())? {
@@ -117,6 +136,12 @@ impl Cpu {
     #[cold]
     #[inline(never)]
     fn store_slow<T: Word>(&mut self, linear: u64, value: T) -> Exec {
+        let second = self.second_entry(linear);
+        if second.writes(linear, T::SIZE) {
+            // SAFETY: as in `store`.
+            unsafe { T::store(second.addend.wrapping_add(linear) as *mut u8, value) };
+            return Ok(());
+        }
         if self.is_plain_miss(linear, T::SIZE) {
             self.check_address(linear, T::SIZE)?;
             if let Place::Ram(address, host) = self.place(linear, T::SIZE, Access::Write, self.privilege())? {
@@ -134,6 +159,16 @@ impl Cpu {
     #[cold]
     #[inline(never)]
     fn modify_slow<T: Word>(&mut self, linear: u64, f: impl FnOnce(&mut u16, T) -> T) -> Exec {
+        let second = self.second_entry(linear);
+        if second.writes(linear, T::SIZE) {
+            let at = second.addend.wrapping_add(linear) as *mut u8;
+            // SAFETY: as in `modify`.
+            unsafe {
+                let new = f(&mut self.state.status, T::load(at));
+                T::store(at, new);
+            }
+            return Ok(());
+        }
         self.probe_write(linear, T::SIZE)?;
         let old = self.load::<T>(linear)?;
         let mut status = self.state.status;
@@ -252,11 +287,14 @@ impl Cpu {
 
     /// Host address of an access of the processor's own, or with a chosen privilege, if the TLB allows it.
     fn remembered(&self, linear: u64, size: usize, access: Access, privilege: Privilege) -> Option<*mut u8> {
-        let entry = self.tlb.data(self.table_of(privilege)).entry(linear);
+        let table = self.tlb.data(self.table_of(privilege));
         let size = size.max(1);
-        let allowed =
-            if access == Access::Write { entry.writes(linear, size) } else { entry.reads(linear, size) };
-        allowed.then(|| entry.addend.wrapping_add(linear) as *mut u8)
+        let allows = |entry: &DataEntry| match access {
+            Access::Write => entry.writes(linear, size),
+            _ => entry.reads(linear, size),
+        };
+        let entry = [table.entry(linear), table.second(linear)].into_iter().find(allows)?;
+        Some(entry.addend.wrapping_add(linear) as *mut u8)
     }
 
     /// The data table whose entries are for accesses with `privilege`.

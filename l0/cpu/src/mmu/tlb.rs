@@ -1,5 +1,8 @@
 //! The software TLB: direct-mapped tables in front of the page walker, one set for each address space in use.
 //!
+//! What is displaced from a data table's first place is kept in a second one, found by other bits of the address: two
+//! pages of a hot loop in one place would cost a walk for each access, and stacks are at random addresses.
+//!
 //! A data entry answers two questions with one compare each: may this mode read (write) the page, and where is it
 //! in host memory. Entries exist only for RAM. The layout is fixed so that translated code can use it.
 //!
@@ -8,7 +11,7 @@
 //! - TLB-2: the table of [`Mode::Slow`] is always empty: every access takes the slow path, where alignment checks
 //!   and data breakpoints are.
 
-/// Entries of each data table (a power of two).
+/// Entries of each data table (a power of two), and as many second places behind them.
 pub const DATA_ENTRIES: usize = 512;
 /// Entries of each fetch table (a power of two).
 pub const FETCH_ENTRIES: usize = 1024;
@@ -50,8 +53,10 @@ fn holds(tag: u64, linear: u64, size: usize) -> bool {
     linear.wrapping_add(size as u64 - 1).wrapping_add(tag) < 4096
 }
 
-/// Tag of nothing: a page that does not belong at `index`, nor beside it.
+/// Tag of nothing: a page that does not belong at `index`, nor beside it. (Those below 2 MiB have the same index for both
+/// places.)
 pub fn no_page(index: usize) -> u64 {
+    let index = index % DATA_ENTRIES;
     (((index ^ (DATA_ENTRIES / 2)) as u64) << 12).wrapping_neg()
 }
 
@@ -94,32 +99,63 @@ impl<const WORDS: usize> Filled<WORDS> {
 /// The fields of entries, each in an array of its own: what translated code indexes by eight bytes.
 #[repr(C)]
 pub struct DataTable {
-    pub read: [u64; DATA_ENTRIES],
-    pub write: [u64; DATA_ENTRIES],
-    pub addend: [u64; DATA_ENTRIES],
-    info: [u64; DATA_ENTRIES],
-    filled: Filled<{ DATA_ENTRIES / 64 }>,
+    pub read: [u64; PLACES],
+    pub write: [u64; PLACES],
+    pub addend: [u64; PLACES],
+    info: [u64; PLACES],
+    filled: Filled<{ PLACES / 64 }>,
 }
+
+/// First and second places.
+const PLACES: usize = 2 * DATA_ENTRIES;
 
 impl DataTable {
     fn new() -> Self {
         Self {
             read: std::array::from_fn(no_page),
             write: std::array::from_fn(no_page),
-            addend: [0; DATA_ENTRIES],
-            info: [0; DATA_ENTRIES],
-            filled: Filled([0; DATA_ENTRIES / 64]),
+            addend: [0; PLACES],
+            info: [0; PLACES],
+            filled: Filled([0; PLACES / 64]),
         }
     }
 
     /// The entry for `linear`.
     #[inline(always)]
     pub fn entry(&self, linear: u64) -> DataEntry {
-        let i = data_index(linear);
+        self.at(data_index(linear))
+    }
+
+    /// What is in its second place.
+    pub fn second(&self, linear: u64) -> DataEntry {
+        self.at(second_index(linear))
+    }
+
+    #[inline(always)]
+    fn at(&self, i: usize) -> DataEntry {
         DataEntry { read: self.read[i], write: self.write[i], addend: self.addend[i], info: self.info[i] }
     }
 
-    fn insert(&mut self, index: usize, entry: DataEntry) {
+    /// Puts an entry in its first place, and what was there, if it is of another page, in its second.
+    fn insert(&mut self, page: u64, entry: DataEntry) {
+        let index = data_index(page);
+        let mut old = self.at(index);
+        if old.read != no_page(index) && old.read != entry.read {
+            let second = second_index(old.read.wrapping_neg());
+            if old.write != old.read {
+                old.write = no_page(second);
+            }
+            self.put(second, old);
+        }
+        self.put(index, entry);
+        // Not with fewer rights in its second place.
+        let second = second_index(page);
+        if self.read[second] == entry.read {
+            self.remove(second);
+        }
+    }
+
+    fn put(&mut self, index: usize, entry: DataEntry) {
         self.read[index] = entry.read;
         self.write[index] = entry.write;
         self.addend[index] = entry.addend;
@@ -282,9 +318,11 @@ impl Space {
             self.empty_if(|info| info & LARGE != 0 && !kept(info));
         }
         for table in &mut self.data {
-            let entry = table.entry(page);
-            if (entry.reads(page, 1) || entry.writes(page, 1)) && !kept(entry.info) {
-                table.remove(data_index(page));
+            for index in [data_index(page), second_index(page)] {
+                let entry = table.at(index);
+                if (entry.reads(page, 1) || entry.writes(page, 1)) && !kept(entry.info) {
+                    table.remove(index);
+                }
             }
         }
         for table in &mut self.fetch {
@@ -301,6 +339,18 @@ impl Space {
 pub fn data_index(linear: u64) -> usize {
     (linear >> 12) as usize & (DATA_ENTRIES - 1)
 }
+
+/// The second place of a linear address in a data table. (Translated code computes it too.) The lowest bit of the page's
+/// number stays, so that no page has its neighbour's place: see [`DataEntry::reads`].
+#[inline(always)]
+pub fn second_index(linear: u64) -> usize {
+    let above = linear >> SECOND_SHIFT & SECOND_MASK;
+    DATA_ENTRIES + ((linear ^ above) >> 12) as usize % DATA_ENTRIES
+}
+
+/// How far up the bits are that make the second place another one, and where they come to.
+pub const SECOND_SHIFT: u8 = DATA_ENTRIES.trailing_zeros() as u8 - 1;
+pub const SECOND_MASK: u64 = 0xffff_e000;
 
 /// Index of a linear address in a fetch table.
 #[inline(always)]
@@ -383,7 +433,7 @@ impl Tlb {
         space.clean = false;
         space.keys |= key != 0;
         note_large(&mut space.large, linear, entry.info);
-        space.data[mode as usize].insert(data_index(linear), entry);
+        space.data[mode as usize].insert(linear & !4095, entry);
     }
 
     /// Inserts a fetch translation.
@@ -452,5 +502,73 @@ fn note_large(range: &mut (u64, u64), linear: u64, info: u64) {
         // Large pages are at most 1 GiB: widen to whole gigabytes so that any address in the page is covered.
         range.0 = range.0.min(linear & !0x3fff_ffff);
         range.1 = range.1.max(linear | 0x3fff_ffff);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn entry(page: u64, writable: bool) -> DataEntry {
+        let tag = page.wrapping_neg();
+        let write = if writable { tag } else { no_page(data_index(page)) };
+        DataEntry { read: tag, write, addend: page, info: 0 }
+    }
+
+    #[test]
+    fn neighbours_never_share_a_place() {
+        let edges = (9..52).flat_map(|bit| [(1u64 << bit) - 2, (1 << bit) - 1, 1 << bit]);
+        for page in (0..2048).chain(edges) {
+            let (here, next) = (page << 12, (page + 1) << 12);
+            assert_ne!(data_index(here), data_index(next), "{page:#x}");
+            assert_ne!(second_index(here), second_index(next), "{page:#x}");
+        }
+    }
+
+    #[test]
+    fn nothing_is_no_page_of_its_place() {
+        for index in 0..PLACES {
+            let page = no_page(index).wrapping_neg();
+            for near in [page, page.wrapping_sub(4096)] {
+                assert_ne!(data_index(near), index);
+                assert_ne!(second_index(near), index);
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_displaced_is_found_and_flushed() {
+        let mut tlb = Tlb::default();
+        let pages = [0x7fff_1234_5000, 0x0040_0000_5000 | 0x14_5000];
+        assert_eq!(data_index(pages[0]), data_index(pages[1]));
+        for page in pages {
+            tlb.insert_data(Mode::User, page, entry(page, true), 0);
+        }
+        let table = tlb.data(Mode::User);
+        assert!(table.entry(pages[1]).writes(pages[1], 8));
+        assert!(!table.entry(pages[0]).reads(pages[0], 8));
+        assert!(table.second(pages[0]).writes(pages[0], 8));
+        tlb.forget_writes();
+        assert!(!tlb.data(Mode::User).second(pages[0]).writes(pages[0], 8));
+        assert!(tlb.data(Mode::User).second(pages[0]).reads(pages[0], 8));
+        for space in &mut tlb.spaces {
+            space.flush_page(pages[0], false);
+        }
+        assert!(!tlb.data(Mode::User).second(pages[0]).reads(pages[0], 8));
+        assert!(tlb.data(Mode::User).entry(pages[1]).reads(pages[1], 8));
+    }
+
+    #[test]
+    fn the_second_place_keeps_rights() {
+        let mut tlb = Tlb::default();
+        let (first, other) = (0x7fff_1234_5000, 0x14_5000);
+        tlb.insert_data(Mode::User, first, entry(first, false), 0);
+        tlb.insert_data(Mode::User, other, entry(other, true), 0);
+        let second = tlb.data(Mode::User).second(first);
+        assert!(second.reads(first, 4096) && !second.writes(first, 1));
+        // Back with more rights: the old one is gone.
+        tlb.insert_data(Mode::User, first, entry(first, true), 0);
+        assert!(tlb.data(Mode::User).entry(first).writes(first, 1));
+        assert!(!tlb.data(Mode::User).second(first).reads(first, 1));
     }
 }

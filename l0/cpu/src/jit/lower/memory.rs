@@ -32,6 +32,17 @@ pub(super) struct Looked {
     pub miss: Fixup,
     /// Where the flags are at the miss.
     pub flags: Flags,
+    second: Second,
+}
+
+/// What it takes to look in an operand's second place, and to go on from there.
+#[derive(Clone, Copy)]
+pub(super) struct Second {
+    /// Where the code behind the lookup is.
+    found: usize,
+    last: i32,
+    alignment: i32,
+    access: For,
 }
 
 impl Lowering<'_> {
@@ -122,7 +133,8 @@ impl Lowering<'_> {
         } else {
             asm.load(B8, RAX, Mem::at(RAX, addend.disp));
         }
-        Looked { miss, flags: self.flags }
+        let second = Second { found: self.asm.here(), last, alignment, access };
+        Looked { miss, flags: self.flags, second }
     }
 
     fn look_up_keeping_flags(&mut self, last: i32, alignment: i32, access: For) -> Looked {
@@ -135,7 +147,28 @@ impl Lowering<'_> {
         asm.jrcxz_over_jump();
         let miss = asm.jmp();
         asm.load_gs(RAX, table(RAX, offset_of!(DataTable, addend)));
-        Looked { miss, flags: self.flags }
+        let second = Second { found: self.asm.here(), last, alignment, access };
+        Looked { miss, flags: self.flags, second }
+    }
+
+    /// After a miss, the flags saved: looks in the second place of RDX, and goes on if it is there. `flags` says where
+    /// they are to be then.
+    pub(super) fn look_in_second_place(&mut self, second: Second, flags: Flags) {
+        let asm = &mut *self.asm;
+        asm.lea(B8, RCX, Mem::at(RDX, second.last));
+        asm.alu_imm(B8, Alu::And, RCX, -4096 | (second.alignment - 1));
+        asm.call_to(match second.access {
+            For::Reading => self.gate.second_read,
+            For::Writing => self.gate.second_write,
+        });
+        let miss = asm.jcc(NOT_EQUAL);
+        if flags.in_host() {
+            asm.mov(B8, RCX, RAX);
+            self.load_saved_flags();
+            self.asm.mov(B8, RAX, RCX);
+        }
+        self.asm.jump_back(second.found);
+        self.asm.bind(miss);
     }
 
     /// What was looked up, as an operand.
@@ -152,18 +185,21 @@ impl Lowering<'_> {
     /// The instruction's code is complete: after a miss its handler comes back here.
     pub(super) fn looked(&mut self, number: usize, looked: Looked) {
         self.or_handler(number, [Some(looked.miss), None], looked.flags);
+        if let Some(Aside::Handler { second, .. }) = self.asides.last_mut() {
+            *second = Some(looked.second);
+        }
     }
 
     /// The same for any jumps to the handler, where the flags are in `before`.
     pub(super) fn or_handler(&mut self, number: usize, jumps: [Option<Fixup>; 2], before: Flags) {
         let resume = self.asm.here();
         let (flags, vector) = (self.flags, self.vector);
-        self.asides.push(Aside::Handler { jumps, number, resume, before, flags, vector });
+        self.asides.push(Aside::Handler { jumps, number, resume, before, flags, vector, second: None });
     }
 }
 
 /// The fields of the table entry at index RAX.
-fn table(index: Reg, array: usize) -> Mem {
+pub(in crate::jit) fn table(index: Reg, array: usize) -> Mem {
     Mem { base: None, index: Some((index, 3)), disp: array as i32 }
 }
 

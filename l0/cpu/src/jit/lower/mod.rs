@@ -23,6 +23,8 @@ use super::gate::{Gate, Place, field};
 use super::trace::Trace;
 use crate::Cpu;
 use crate::cpuid::CpuModel;
+use memory::Second;
+pub(super) use memory::table;
 use registers::is_native;
 
 /// What is to be translated.
@@ -46,6 +48,13 @@ enum Flags {
     Both,
     /// Nobody will ask for them.
     Dead,
+}
+
+impl Flags {
+    /// The host's flags have something of them.
+    fn in_host(self) -> bool {
+        matches!(self, Self::Host | Self::HostButCarry | Self::Both)
+    }
 }
 
 /// What an instruction does with the status flags.
@@ -76,6 +85,8 @@ enum Aside {
         before: Flags,
         flags: Flags,
         vector: u32,
+        /// The jumps are a lookup's miss: the operand may be in its second place.
+        second: Option<Second>,
     },
     /// Vector state that the instruction `number` needs, and otherwise its handler; then on at `resume`.
     GetVector { jump: Fixup, number: usize, needs: u32, resume: usize },
@@ -328,17 +339,20 @@ impl Lowering<'_> {
                 self.asm.bind(jump);
                 self.write_get_vector(number, needs, resume);
             }
-            Aside::Handler { jumps, number, resume, before, flags, vector } => {
+            Aside::Handler { jumps, number, resume, before, flags, vector, second } => {
                 jumps.into_iter().flatten().for_each(|jump| self.asm.bind(jump));
                 self.flags = before;
                 self.save_flags();
+                if let Some(second) = second {
+                    self.look_in_second_place(second, before);
+                }
                 self.call_op(number);
                 if self.is_last(number) {
                     return self.asm.jump_to(self.gate.exit);
                 }
                 self.asm.jcc_to(NOT_EQUAL, self.gate.exit);
                 self.get_vector_again(number, vector);
-                if matches!(flags, Flags::Host | Flags::HostButCarry | Flags::Both) {
+                if flags.in_host() {
                     self.load_saved_flags();
                 }
                 self.asm.jump_back(resume);
