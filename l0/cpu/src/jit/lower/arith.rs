@@ -27,8 +27,8 @@ impl Lowering<'_> {
         let used = flag_use(insn);
         self.flags_before(at, used);
         let mut host = plain(insn);
-        // A count in CL takes RCX; then there is one register to load at most.
-        let back = self.replace_registers(&mut host, [RDX, RCX]);
+        // A count in CL takes RCX.
+        let back = self.replace_registers(&mut host, [RDX, RAX]);
         self.asm.guest(&host);
         self.write_back(back);
         self.flags_after(at, used);
@@ -134,6 +134,17 @@ fn any_register(code: Code) -> Code {
         Xchg_r16_AX => Xchg_rm16_r16,
         Xchg_r32_EAX => Xchg_rm32_r32,
         Xchg_r64_RAX => Xchg_rm64_r64,
+        Mov_AL_moffs8 => Mov_r8_rm8,
+        Mov_AX_moffs16 => Mov_r16_rm16,
+        Mov_EAX_moffs32 => Mov_r32_rm32,
+        Mov_RAX_moffs64 => Mov_r64_rm64,
+        Mov_moffs8_AL => Mov_rm8_r8,
+        Mov_moffs16_AX => Mov_rm16_r16,
+        Mov_moffs32_EAX => Mov_rm32_r32,
+        Mov_moffs64_RAX => Mov_rm64_r64,
+        // Ordered like any store, as the interpreter's are.
+        Movnti_m32_r32 => Mov_rm32_r32,
+        Movnti_m64_r64 => Mov_rm64_r64,
         other => other,
     }
 }

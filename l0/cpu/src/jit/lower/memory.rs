@@ -8,12 +8,12 @@
 
 use std::mem::offset_of;
 
-use iced_x86::{Instruction, Register};
+use iced_x86::{Instruction, OpKind, Register};
 
 use super::registers::number;
 use super::{Aside, Flags, Lowering};
 use crate::Cpu;
-use crate::interp::operands::memory_segment;
+use crate::interp::operands::{address_bits, memory_segment};
 use crate::jit::Hot;
 use crate::jit::emit::{Alu, B4, B8, Fixup, Mem, NOT_EQUAL, RAX, RCX, RDX, Reg};
 use crate::jit::gate::field;
@@ -61,7 +61,7 @@ impl Lowering<'_> {
     }
 
     /// The operand's linear address into RDX. Clobbers RAX, but not the flags.
-    fn effective_address(&mut self, insn: &Instruction) {
+    pub(super) fn effective_address(&mut self, insn: &Instruction) {
         self.operand_offset(RDX, insn);
         let segment = memory_segment(insn);
         if matches!(segment, Seg::Fs | Seg::Gs) {
@@ -74,6 +74,9 @@ impl Lowering<'_> {
     pub(super) fn operand_offset(&mut self, to: Reg, insn: &Instruction) {
         if insn.is_ip_rel_memory_operand() {
             return self.address(to, insn.ip_rel_memory_address() as i64);
+        }
+        if insn.memory_base() == Register::None && insn.memory_index() == Register::None {
+            return self.asm.set(to, insn.memory_displacement64());
         }
         let disp = insn.memory_displacement64() as i32;
         let base = match insn.memory_base() {
@@ -213,6 +216,12 @@ fn tags(access: For) -> usize {
 /// See [`Hot::masks`].
 fn masks(number: usize) -> Mem {
     field(offset_of!(Cpu, jit) + offset_of!(Hot, masks) + number * 8)
+}
+
+/// The memory operand can be looked up.
+pub(super) fn is_plain(insn: &Instruction) -> bool {
+    let sized = matches!(insn.memory_size().size(), 1 | 2 | 4 | 8 | 16 | 32);
+    (0..insn.op_count()).any(|i| insn.op_kind(i) == OpKind::Memory) && sized && address_bits(insn) == 64
 }
 
 /// Replaces the memory operand by what was looked up.

@@ -6,9 +6,12 @@
 //! end of the trace.
 
 mod arith;
+mod bits;
 mod branch;
+mod flags;
 mod memory;
 mod mov;
+mod muldiv;
 mod registers;
 mod stack;
 mod vector;
@@ -141,7 +144,7 @@ fn live_flags(source: &Source) -> Vec<bool> {
         let may_call = (0..insn.op_count()).any(|i| insn.op_kind(i) == OpKind::Memory)
             && insn.mnemonic() != Mnemonic::Lea
             || insn.is_stack_instruction()
-            || vector::is_vector(insn);
+            || use_of_families(insn).is_some() && may_fault(insn);
         live = match used {
             _ if may_call => true,
             Use::Sets => false,
@@ -200,6 +203,9 @@ impl Lowering<'_> {
         let done = self.branch(number, insn)
             || self.stack(number, insn)
             || self.vector(number, insn)
+            || self.muldiv(number, insn)
+            || self.bits(number, insn)
+            || self.flags(number, insn)
             || self.mov(number, insn)
             || self.arith(number, insn);
         if !done {
@@ -424,15 +430,36 @@ fn shift_use(insn: &Instruction) -> Use {
 /// What a natively lowered instruction does with the status flags.
 fn flag_use(insn: &Instruction) -> Use {
     use Mnemonic::*;
+    if let Some(used) = use_of_families(insn) {
+        return used;
+    }
     match insn.mnemonic() {
         Add | Or | And | Sub | Xor | Cmp | Test | Neg | Xadd | Cmpxchg => Use::Sets,
         // RCL and RCR leave some: they have been loaded.
         Adc | Sbb | Rcl | Rcr => Use::ReadsAndSets,
+        // One goes in and comes out, the others have been loaded.
+        Adcx | Adox => Use::ReadsAndSets,
         Inc | Dec => Use::KeepsCarry,
-        Rol | Ror | Bt | Bts | Btr | Btc | Imul | Bsf | Bsr | Tzcnt | Lzcnt | Popcnt => Use::Changes,
+        Rol | Ror | Shld | Shrd | Bt | Bts | Btr | Btc | Imul | Bsf | Bsr | Tzcnt | Lzcnt | Popcnt => {
+            Use::Changes
+        }
         Shl | Sal | Shr | Sar => shift_use(insn),
         _ if insn.is_jcc_short_or_near() => Use::Reads,
         _ if crate::interp::mov::condition_of(insn).is_some() => Use::Reads,
-        _ => vector::flag_use(insn),
+        _ => Use::None,
     }
+}
+
+/// The same for the families whose lowerings say themselves which instructions are theirs.
+fn use_of_families(insn: &Instruction) -> Option<Use> {
+    vector::flag_use(insn)
+        .or_else(|| muldiv::flag_use(insn))
+        .or_else(|| bits::flag_use(insn))
+        .or_else(|| flags::flag_use(insn))
+}
+
+/// An instruction of one of these whose handler may be called although it has no memory operand, and may find the
+/// status flags of use.
+fn may_fault(insn: &Instruction) -> bool {
+    vector::is_vector(insn) || muldiv::may_fault(insn) || flags::may_fault(insn)
 }

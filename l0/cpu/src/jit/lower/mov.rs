@@ -13,6 +13,7 @@ impl Lowering<'_> {
         use Mnemonic::*;
         match insn.mnemonic() {
             Nop | Endbr64 | Prefetchnta | Prefetcht0 | Prefetcht1 | Prefetcht2 | Prefetchw | Lfence => {}
+            Mfence | Sfence => self.asm.bytes(&[0x0f, 0xae, 0xf0]),
             Lea => self.lea(insn),
             Cdqe | Cwde | Cdq | Cqo => self.widen(insn.mnemonic()),
             Mov => return self.mov_whole(insn),

@@ -25,7 +25,7 @@ pub(super) fn sized(host: Reg, size: usize) -> Register {
     }
 }
 
-fn is_high_byte(register: Register) -> bool {
+pub(super) fn is_high_byte(register: Register) -> bool {
     matches!(register, Register::AH | Register::CH | Register::DH | Register::BH)
 }
 
@@ -34,7 +34,7 @@ fn has_plain_operands(insn: &Instruction) -> bool {
     (0..insn.op_count()).all(|i| match insn.op_kind(i) {
         OpKind::Register => {
             let register = insn.op_register(i);
-            register.is_gpr() && !is_high_byte(register)
+            register.is_gpr()
         }
         OpKind::Memory => address_bits(insn) == 64 && matches!(insn.memory_size().size(), 1 | 2 | 4 | 8),
         OpKind::FarBranch16 | OpKind::FarBranch32 => false,
@@ -54,22 +54,6 @@ fn has_plain_operands(insn: &Instruction) -> bool {
     })
 }
 
-/// The forms of MOV with an absolute 64-bit address.
-fn is_absolute(insn: &Instruction) -> bool {
-    use Code::*;
-    matches!(
-        insn.code(),
-        Mov_AL_moffs8
-            | Mov_AX_moffs16
-            | Mov_EAX_moffs32
-            | Mov_RAX_moffs64
-            | Mov_moffs8_AL
-            | Mov_moffs16_AX
-            | Mov_moffs32_EAX
-            | Mov_moffs64_RAX
-    )
-}
-
 /// The instruction has a lowering other than a call of its handler.
 pub(super) fn is_native(insn: &Instruction) -> bool {
     use Mnemonic::*;
@@ -78,11 +62,19 @@ pub(super) fn is_native(insn: &Instruction) -> bool {
     }
     if matches!(
         insn.mnemonic(),
-        Nop | Endbr64 | Prefetchnta | Prefetcht0 | Prefetcht1 | Prefetcht2 | Prefetchw | Lfence
+        Nop | Endbr64
+            | Prefetchnta
+            | Prefetcht0
+            | Prefetcht1
+            | Prefetcht2
+            | Prefetchw
+            | Lfence
+            | Mfence
+            | Sfence
     ) {
         return true;
     }
-    if super::vector::is_vector(insn) {
+    if super::use_of_families(insn).is_some() {
         return true;
     }
     if !has_plain_operands(insn) {
@@ -90,9 +82,10 @@ pub(super) fn is_native(insn: &Instruction) -> bool {
     }
     let in_register = insn.op_count() > 0 && insn.op0_kind() == OpKind::Register;
     match insn.mnemonic() {
-        Mov => !is_absolute(insn),
-        Movzx | Movsx | Movsxd | Not | Add | Or | And | Sub | Xor | Cmp | Test | Neg | Xadd | Adc | Sbb
-        | Rcl | Rcr | Inc | Dec | Rol | Ror | Shl | Sal | Shr | Sar | Tzcnt | Lzcnt | Popcnt => true,
+        Mov | Movzx | Movsx | Movsxd | Not | Add | Or | And | Sub | Xor | Cmp | Test | Neg | Xadd | Adc
+        | Sbb | Rcl | Rcr | Inc | Dec | Rol | Ror | Shl | Sal | Shr | Sar | Tzcnt | Lzcnt | Popcnt => true,
+        Movbe | Movnti | Crc32 | Adcx | Adox => host_has(insn),
+        Shld | Shrd => in_register || insn.op2_kind() != OpKind::Register,
         Bswap => insn.op0_register().size() >= 4,
         Imul => insn.op_count() >= 2,
         Bt | Bts | Btr | Btc => in_register || insn.op1_kind() != OpKind::Register,
@@ -100,7 +93,7 @@ pub(super) fn is_native(insn: &Instruction) -> bool {
         Cmpxchg => !in_register,
         Xchg => true,
         Cdqe | Cwde | Cdq | Cqo => true,
-        Push => insn.stack_pointer_increment() == -8 && insn.op0_kind() != OpKind::Memory,
+        Push => insn.stack_pointer_increment() == -8,
         Pop => insn.stack_pointer_increment() == 8 && in_register && insn.op0_register() != Register::RSP,
         Leave => insn.code() == Code::Leaveq,
         Jmp | Call => {
@@ -112,6 +105,17 @@ pub(super) fn is_native(insn: &Instruction) -> bool {
     }
 }
 
+/// The host has the instruction, where not every host does.
+fn host_has(insn: &Instruction) -> bool {
+    use Mnemonic::*;
+    match insn.mnemonic() {
+        Movbe => is_x86_feature_detected!("movbe"),
+        Crc32 => is_x86_feature_detected!("sse4.2"),
+        Adcx | Adox => is_x86_feature_detected!("adx"),
+        _ => true,
+    }
+}
+
 /// Which operands an instruction writes.
 fn writes(insn: &Instruction, operand: u32) -> bool {
     use Mnemonic::*;
@@ -120,6 +124,12 @@ fn writes(insn: &Instruction, operand: u32) -> bool {
         Xchg | Xadd => operand < 2,
         _ => operand == 0,
     }
+}
+
+/// An instruction that names AH, CH, DH or BH cannot name R8 to R15 as well: all its registers are replaced by scratch
+/// registers.
+fn has_high_byte(insn: &Instruction) -> bool {
+    (0..insn.op_count()).any(|i| insn.op_kind(i) == OpKind::Register && is_high_byte(insn.op_register(i)))
 }
 
 /// The first operand's former value does not matter.
@@ -139,6 +149,7 @@ impl Lowering<'_> {
         let mut back: WriteBack = [None; 2];
         let mut loaded: [Option<(usize, Reg)>; 2] = [None; 2];
         let mut next = 0;
+        let high_byte = has_high_byte(insn);
         for operand in 0..insn.op_count() {
             if insn.op_kind(operand) != OpKind::Register {
                 continue;
@@ -149,7 +160,8 @@ impl Lowering<'_> {
                 continue;
             }
             let (guest, size) = (number(register), register.size());
-            let host = match PINNED[guest] {
+            let pinned = PINNED[guest].filter(|_| !high_byte);
+            let host = match pinned {
                 Some(host) => host,
                 None => match loaded.iter().flatten().find(|l| l.0 == guest) {
                     Some(&(_, host)) => host,
@@ -158,23 +170,25 @@ impl Lowering<'_> {
                         loaded[next] = Some((guest, host));
                         next = (next + 1) % 2;
                         if !(operand == 0 && overwrites(insn)) || reads_again(insn, guest) {
-                            self.asm.load(B8, host, slot(guest));
+                            self.read_guest(host, guest);
                         }
                         host
                     }
                 },
             };
-            if PINNED[guest].is_none() && writes(insn, operand) {
+            if pinned.is_none() && writes(insn, operand) {
                 back[(operand & 1) as usize] = Some((guest, host));
             }
-            insn.set_op_register(operand, sized(host, size));
+            let replaced =
+                if is_high_byte(register) { Register::AH + u32::from(host) } else { sized(host, size) };
+            insn.set_op_register(operand, replaced);
         }
         back
     }
 
     pub(super) fn write_back(&mut self, back: WriteBack) {
         for (guest, host) in back.into_iter().flatten() {
-            self.asm.store(B8, slot(guest), host);
+            self.write_guest(guest, host);
         }
     }
 
@@ -216,7 +230,7 @@ impl Lowering<'_> {
 fn is_count(insn: &Instruction, operand: u32) -> bool {
     use Mnemonic::*;
     insn.op_register(operand) == Register::CL
-        && matches!(insn.mnemonic(), Rol | Ror | Rcl | Rcr | Shl | Sal | Shr | Sar)
+        && matches!(insn.mnemonic(), Rol | Ror | Rcl | Rcr | Shl | Sal | Shr | Sar | Shld | Shrd)
 }
 
 /// A source operand is the destination as well.

@@ -1,11 +1,16 @@
 //! PUSH, POP, LEAVE.
 
+use std::mem::offset_of;
+
 use iced_x86::{Instruction, Mnemonic, OpKind};
 
 use super::Lowering;
 use super::memory::{For, Looked};
 use super::registers::number;
+use crate::Cpu;
+use crate::jit::Hot;
 use crate::jit::emit::{B8, Mem, RAX, RCX, RDX};
+use crate::jit::gate::field;
 use crate::state::reg::{RBP, RSP};
 
 impl Lowering<'_> {
@@ -32,7 +37,23 @@ impl Lowering<'_> {
         self.look_up(8, For::Reading)
     }
 
+    /// The value waits in memory while the stack is looked up.
+    fn push_memory(&mut self, at: usize, insn: &Instruction) {
+        let source = self.look_up_operand(insn, For::Reading);
+        self.asm.load(B8, RCX, self.operand());
+        let value = field(offset_of!(Cpu, jit) + offset_of!(Hot, target));
+        self.asm.store(B8, value, RCX);
+        let looked = self.look_up_push();
+        self.asm.load(B8, RCX, value);
+        self.asm.store(B8, self.operand(), RCX);
+        self.write_guest(RSP, RDX);
+        self.or_handler(at, [Some(source.miss), Some(looked.miss)], looked.flags);
+    }
+
     fn push(&mut self, at: usize, insn: &Instruction) {
+        if insn.op0_kind() == OpKind::Memory {
+            return self.push_memory(at, insn);
+        }
         let looked = self.look_up_push();
         if insn.op0_kind() == OpKind::Register {
             let from = self.guest_in(number(insn.op0_register()), RCX);

@@ -59,10 +59,10 @@ fn takes(insn: &Instruction, operand: u32) -> bool {
     }
 }
 
-/// What it does with the status flags.
-pub(super) fn flag_use(insn: &Instruction) -> Use {
+/// What it does with the status flags; none if it is not lowered here.
+pub(super) fn flag_use(insn: &Instruction) -> Option<Use> {
     // COMISS and its like, PTEST and the string comparisons define all six.
-    if insn.rflags_modified() != 0 { Use::Sets } else { Use::None }
+    is_vector(insn).then(|| if insn.rflags_modified() != 0 { Use::Sets } else { Use::None })
 }
 
 /// What the string comparisons have besides their operands.
@@ -127,7 +127,7 @@ impl Lowering<'_> {
 
     /// The instruction itself; its memory operand has been looked up.
     fn execute(&mut self, at: usize, insn: &Instruction, memory: bool) {
-        let used = flag_use(insn);
+        let used = if insn.rflags_modified() != 0 { Use::Sets } else { Use::None };
         let mut host = plain(insn);
         let implied = implied(insn);
         if memory {
