@@ -346,6 +346,9 @@ fn report(outcome: &Outcome, args: &RunArgs, quiet: bool, signals: &EndingSignal
     if let Some(profiles) = &outcome.profiles {
         say(format_args!("what the vCPUs' time went to\n{profiles}"));
     }
+    if let Some(kvm) = &outcome.kvm {
+        say(format_args!("what KVM did\n{kvm}"));
+    }
     if let Some(statistics) = &outcome.statistics {
         say(format_args!("what L0 saw\n{statistics}"));
     }

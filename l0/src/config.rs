@@ -121,6 +121,9 @@ pub enum EngineConfig {
     /// The same at once, not when it pays: for tests.
     #[value(name = "kvm,l2-eager", hide = true)]
     KvmL2Eager,
+    /// KVM and the software CPU in turns, at random: a test.
+    #[value(name = "kvm,hop", hide = true)]
+    KvmHop,
 }
 
 /// `--disk FILE[,ro]`.

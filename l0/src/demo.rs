@@ -29,6 +29,8 @@ pub struct GuestRun {
     pub seconds: f64,
     /// Instructions by the software CPU.
     pub instructions: u64,
+    /// What happened between us and KVM, if that was counted.
+    pub kvm: Option<crate::engine::kvm::Stats>,
     /// What the levels of virtualization did, if they were counted.
     pub statistics: Option<Statistics>,
 }
@@ -61,6 +63,7 @@ pub fn run_guest(guest: &Guest, config: &MachineConfig) -> Result<GuestRun, RunE
         crash: outcome.crash.map(|c| c.to_string()),
         seconds,
         instructions: outcome.instructions,
+        kvm: outcome.kvm,
         statistics: outcome.statistics,
     })
 }
@@ -84,7 +87,9 @@ pub fn run(
     let guests = pick(names)?;
     let chosen = match only {
         None | Some(EngineConfig::Auto) => doctor::probe().choose().engine,
-        Some(EngineConfig::Kvm | EngineConfig::KvmL2 | EngineConfig::KvmL2Eager) => doctor::Chosen::Kvm,
+        Some(EngineConfig::Kvm | EngineConfig::KvmL2 | EngineConfig::KvmL2Eager | EngineConfig::KvmHop) => {
+            doctor::Chosen::Kvm
+        }
         Some(EngineConfig::Soft | EngineConfig::SoftInterpreter) => doctor::Chosen::Soft,
     };
     let kvm = KvmHost::open().err();
@@ -178,7 +183,7 @@ enum Detail {
 
 fn print_run(out: &mut dyn Write, engine: EngineConfig, run: &GuestRun, detail: Detail) {
     let name = match engine {
-        EngineConfig::Kvm | EngineConfig::KvmL2 | EngineConfig::KvmL2Eager => "kvm ",
+        EngineConfig::Kvm | EngineConfig::KvmL2 | EngineConfig::KvmL2Eager | EngineConfig::KvmHop => "kvm ",
         EngineConfig::Soft | EngineConfig::SoftInterpreter | EngineConfig::Auto => "soft",
     };
     let (pass, fail, skip) =
@@ -191,7 +196,7 @@ fn print_run(out: &mut dyn Write, engine: EngineConfig, run: &GuestRun, detail: 
         }
     }
     let speed = match engine {
-        EngineConfig::Kvm | EngineConfig::KvmL2 | EngineConfig::KvmL2Eager => {
+        EngineConfig::Kvm | EngineConfig::KvmL2 | EngineConfig::KvmL2Eager | EngineConfig::KvmHop => {
             format!("; {} instructions finished in the software CPU", run.instructions)
         }
         EngineConfig::Soft | EngineConfig::SoftInterpreter | EngineConfig::Auto => {
@@ -211,6 +216,13 @@ fn print_run(out: &mut dyn Write, engine: EngineConfig, run: &GuestRun, detail: 
     }
     if let (Detail::Everything, Some(text)) = (detail, run.statistics.as_ref().and_then(levels)) {
         say(out, format_args!("          {text}\n"));
+        if let (Some(kvm), Some(statistics)) = (run.kvm, &run.statistics) {
+            let each = kvm.runs as f64 / statistics.exits().max(1) as f64;
+            say(
+                out,
+                format_args!("          {} entries into KVM_RUN, {each:.2} for each exit of L2\n", kvm.runs),
+            );
+        }
     }
     if detail == Detail::Count && fail > 0 {
         say(out, format_args!("          --engine auto does not take kvm here, see turtles doctor\n"));

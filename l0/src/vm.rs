@@ -28,8 +28,8 @@ use crate::devices::lapic::APIC_TIMER_HZ;
 use crate::devices::virtio::DmaObserver;
 use crate::devices::{MachineControl, MachineEvent};
 use crate::doctor;
-use crate::engine::kvm::{GuestTsc, KvmHost, KvmVm, L2Policy, Share};
-use crate::engine::{Engine, Soft};
+use crate::engine::kvm::{self, GuestTsc, KvmHost, KvmVm, L2Policy, Share};
+use crate::engine::{Engine, EngineError, Soft};
 use crate::error::RunError;
 use crate::memory::{HIGH_RAM_START, LOW_RAM_END, Ram};
 use crate::nested::{Explainer, Nested, PreemptionTimer};
@@ -102,6 +102,8 @@ pub struct Outcome {
     pub ready: std::time::Duration,
     /// Name of the engine.
     pub engine: &'static str,
+    /// What `--stats` counted between us and KVM.
+    pub kvm: Option<kvm::Stats>,
     /// What `--stats` counted.
     pub statistics: Option<Statistics>,
     /// What the vCPUs' time went to, with `--stats`.
@@ -139,8 +141,9 @@ impl Machine {
     /// Builds a machine; `serial` takes COM1's output.
     pub fn build(config: &MachineConfig, serial: SerialSink) -> Result<Self, RunError> {
         let started = Instant::now();
-        let kvm = open_engine(config)?;
-        let guest_tsc = kvm.as_ref().map(KvmHost::guest_tsc).transpose()?;
+        let ram = Ram::new(config.memory)?;
+        let kvm = open_engine(config, &ram)?;
+        let guest_tsc = kvm.as_ref().map(|kvm| kvm.tsc);
         let tsc_hz = match config.clock {
             ClockSource::Host => guest_tsc.and_then(|tsc| tsc.hz).unwrap_or(HOST_TSC_HZ),
             ClockSource::Virtual => VIRTUAL_TSC_HZ,
@@ -150,14 +153,13 @@ impl Machine {
         }
         let asked = CpuOption::parse(&config.cpu)?;
         let asked = match &kvm {
-            Some(host) if host.share() == Share::All => limit_to_kvm(asked, host)?,
+            Some(kvm) if kvm.vm.host().share() == Share::All => limit_to_kvm(asked, kvm.vm.host())?,
             _ => asked,
         };
         let model = asked.model.with_clocks(tsc_hz, APIC_TIMER_HZ).with_cpus(config.cpus);
         for warning in model.warnings() {
             log::warn!("{warning}");
         }
-        let ram = Ram::new(config.memory)?;
         let physical = software_memory(&ram);
         let tsc_start = if guest_tsc.is_some_and(|tsc| !tsc.settable) { GuestTsc::host_now() } else { 0 };
         let clock = Clock::with_tsc_start(config.clock, tsc_hz, tsc_start);
@@ -193,7 +195,7 @@ impl Machine {
             profiles: config.stats.then(Profiles::default),
             engine: if kvm.is_some() { "kvm" } else { "soft" },
         };
-        let vm = kvm.map(|host| KvmVm::new(&host, &ram)).transpose()?.map(Arc::new);
+        let vm = kvm.map(|kvm| Arc::new(kvm.vm));
         let vmx = asked.vmx.map(Arc::new);
         let model = Arc::new(model);
         for (index, signal) in signals.iter().enumerate() {
@@ -241,7 +243,14 @@ impl Machine {
         leave_as_firmware(&mut cpu.state, vmx.is_some());
         cpu.state_changed();
         let engine: Box<dyn Engine> = match vm {
-            Some(vm) => Box::new(vm.vcpu(index, Arc::clone(signal), &cpu)?),
+            Some(vm) => {
+                cpu.expect_foreign_writes();
+                let mut vcpu = vm.vcpu(index, Arc::clone(signal), &cpu)?;
+                if config.engine == EngineConfig::KvmHop {
+                    vcpu.hop(index);
+                }
+                Box::new(vcpu)
+            }
             None => Box::new(Soft),
         };
         let nested = vmx.map(|capabilities| {
@@ -313,6 +322,7 @@ impl Machine {
                     stop.failed(failure.into());
                 }
                 std::mem::forget(guard);
+                vcpu.engine.kvm_stats()
             };
             let name = format!("vcpu{}", threads.len());
             match std::thread::Builder::new().name(name).spawn(body) {
@@ -325,7 +335,12 @@ impl Machine {
             }
         }
         // Whatever went wrong, nothing of the machine runs on: all threads are waited for before anything is said.
-        let panicked = threads.into_iter().filter_map(|thread| thread.join().err()).count() > 0;
+        let ended: Vec<_> = threads.into_iter().map(std::thread::JoinHandle::join).collect();
+        let panicked = ended.iter().any(Result::is_err);
+        let kvm = ended.into_iter().flatten().flatten().reduce(|mut all, one| {
+            all += one;
+            all
+        });
         if let Some((profiles, thread)) = self.profiles.as_ref().zip(sampler) {
             profiles.stop();
             drop(thread.join());
@@ -351,6 +366,7 @@ impl Machine {
             instructions: self.counters.iter().map(|c| c.load(Ordering::Relaxed)).sum(),
             ready,
             engine: self.engine,
+            kvm: self.statistics.is_some().then_some(kvm).flatten(),
             statistics: self.statistics.map(|all| all.sum()),
             profiles: self.profiles,
         })
@@ -373,25 +389,44 @@ fn start_trace(path: &Path, config: &MachineConfig, clock: &Arc<Clock>) -> Resul
     }
 }
 
+/// A virtual machine in the host's KVM.
+struct OnKvm {
+    vm: KvmVm,
+    tsc: GuestTsc,
+}
+
+impl OnKvm {
+    fn new(host: &KvmHost, ram: &Ram) -> Result<Self, EngineError> {
+        Ok(Self { tsc: host.guest_tsc()?, vm: KvmVm::new(host, ram)? })
+    }
+}
+
 /// Opens KVM if it is to be the engine.
-fn open_engine(config: &MachineConfig) -> Result<Option<KvmHost>, RunError> {
+fn open_engine(config: &MachineConfig, ram: &Ram) -> Result<Option<OnKvm>, RunError> {
     match config.engine {
         EngineConfig::Soft | EngineConfig::SoftInterpreter => Ok(None),
-        EngineConfig::Kvm | EngineConfig::KvmL2 | EngineConfig::KvmL2Eager
+        EngineConfig::Kvm | EngineConfig::KvmL2 | EngineConfig::KvmL2Eager | EngineConfig::KvmHop
             if config.clock == ClockSource::Virtual =>
         {
             Err(RunError::VirtualClockKvm)
         }
-        EngineConfig::Kvm => Ok(Some(KvmHost::open()?)),
-        EngineConfig::KvmL2 => Ok(Some(KvmHost::open()?.with_l2(L2Policy::Leaky))),
-        EngineConfig::KvmL2Eager => Ok(Some(KvmHost::open()?.with_l2(L2Policy::Eager))),
+        EngineConfig::Kvm | EngineConfig::KvmHop => Ok(Some(OnKvm::new(&KvmHost::open()?, ram)?)),
+        EngineConfig::KvmL2 => Ok(Some(OnKvm::new(&KvmHost::open()?.with_l2(L2Policy::Leaky), ram)?)),
+        EngineConfig::KvmL2Eager => Ok(Some(OnKvm::new(&KvmHost::open()?.with_l2(L2Policy::Eager), ram)?)),
         EngineConfig::Auto if config.clock == ClockSource::Virtual => Ok(None),
         EngineConfig::Auto => {
             let choice = doctor::probe().choose();
             log::info!("engine: {choice}");
-            match choice.engine {
-                doctor::Chosen::Kvm => Ok(KvmHost::open().inspect_err(|e| log::warn!("{e}")).ok()),
-                doctor::Chosen::Soft => Ok(None),
+            if choice.engine == doctor::Chosen::Soft {
+                return Ok(None);
+            }
+            // What KVM could do with a small guest it may refuse this one: too much memory, for example.
+            match KvmHost::open().and_then(|host| OnKvm::new(&host, ram)) {
+                Ok(kvm) => Ok(Some(kvm)),
+                Err(error) => {
+                    log::warn!("{error}; the software CPU runs the guest instead");
+                    Ok(None)
+                }
             }
         }
     }

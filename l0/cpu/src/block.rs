@@ -8,16 +8,20 @@
 //! Ops live in one arena that is emptied when full. Handlers run with a pointer into it (see `exec`), so it is
 //! emptied only between blocks.
 
+use std::collections::HashMap;
 use std::ptr;
 
 use iced_x86::Instruction;
 
 use crate::op::{Cold, ColdHandler, Op};
-use crate::phys::CodePage;
+use crate::phys::{CODE_GRAIN, CodePage, PhysMemory};
 use crate::tunables::{BLOCK_SLOTS, COLD_CAPACITY, OP_CAPACITY};
 
 /// Longest block, in instructions.
 pub(crate) const MAX_BLOCK: usize = 64;
+
+/// Bytes of memory that count as code or not together.
+const GRAIN: usize = CODE_GRAIN as usize;
 
 /// A decoded block.
 #[derive(Clone, Copy)]
@@ -139,6 +143,15 @@ pub struct BlockCache {
     generation: u64,
     /// First slots of the blocks inserted since everything was forgotten, as long as they are few.
     inserted: Vec<u32>,
+    /// The bytes that were decoded, by page, if somebody may change them behind our back.
+    sources: Option<HashMap<u64, Source>>,
+}
+
+/// What was decoded of a page.
+struct Source {
+    /// The grains that are here.
+    grains: u64,
+    bytes: Box<[u8; 4096]>,
 }
 
 // SAFETY: the raw pointers name `CodePage`s, which are shared between threads by design and kept alive by the memory.
@@ -161,11 +174,51 @@ impl Default for BlockCache {
             cold_used: 0,
             generation: 1,
             inserted: Vec::with_capacity(FEW),
+            sources: None,
         }
     }
 }
 
 impl BlockCache {
+    /// Keeps from now on what is decoded, for [`BlockCache::find_changes`].
+    pub(crate) fn keep_sources(&mut self) {
+        self.clear();
+        self.sources = Some(HashMap::new());
+    }
+
+    /// The grain of memory at `physical`, which is marked as code, is about to be decoded.
+    #[inline]
+    pub(crate) fn note_source(&mut self, memory: &PhysMemory, physical: u64) {
+        if let Some(sources) = &mut self.sources {
+            let nothing = || Source { grains: 0, bytes: Box::new([0; 4096]) };
+            let source = sources.entry(physical & !4095).or_insert_with(nothing);
+            let at = physical as usize & 4095 & !(GRAIN - 1);
+            memory.read(physical & !(GRAIN as u64 - 1), &mut source.bytes[at..at + GRAIN]);
+            source.grains |= 1 << (at / GRAIN);
+        }
+    }
+
+    /// Makes all blocks stale whose memory is not what was decoded. False if that is not known.
+    pub(crate) fn find_changes(&mut self, memory: &PhysMemory) -> bool {
+        let Some(sources) = &mut self.sources else { return false };
+        let mut now = [0; 4096];
+        sources.retain(|&page, source| {
+            memory.read(page, &mut now);
+            let changed = |grain: usize| {
+                let bytes = grain * GRAIN..(grain + 1) * GRAIN;
+                source.grains >> grain & 1 != 0 && now[bytes.clone()] != source.bytes[bytes]
+            };
+            let mut same = true;
+            for grain in (0..4096 / GRAIN).filter(|&grain| changed(grain)) {
+                memory.wrote(page + (grain * GRAIN) as u64, GRAIN as u64);
+                same = false;
+            }
+            // With one grain the whole page's blocks are stale.
+            same
+        });
+        true
+    }
+
     /// The block for `key`, if it is here and fresh.
     #[inline(always)]
     pub(crate) fn find(&self, key: u64) -> Option<&Block> {
@@ -217,6 +270,9 @@ impl BlockCache {
             self.slots.fill(EMPTY);
         }
         self.inserted.clear();
+        if let Some(sources) = &mut self.sources {
+            sources.clear();
+        }
         self.used = 0;
         self.cold_used = 0;
         self.generation += 1;

@@ -87,6 +87,7 @@ impl Cpu {
                 let step = grain_left(start);
                 self.mark_and_version(code, start, step);
                 self.memory.read(start, &mut bytes[have..have + step]);
+                self.blocks.note_source(&self.memory, start);
                 have += step;
             }
             let end = (at + MAX_LENGTH).min(page_left);
@@ -130,6 +131,7 @@ impl Cpu {
         let mut bytes = [0u8; MAX_LENGTH];
         memory.read(physical, &mut bytes[..first_len]);
         memory.read(second, &mut bytes[first_len..]);
+        self.blocks.note_source(&memory, second);
         let mut decoder = Decoder::with_ip(self.code_bits, &bytes, 0, self.model.decoder_options());
         let insn = decoder.decode();
         let too_long = insn.is_invalid() && is_too_long(self.code_bits, &bytes);

@@ -86,6 +86,13 @@ impl Cpu {
                     Next::Leave(exit) => return exit,
                 }
             }
+            // GUARD-1
+            if self.guarded.has(self.linear_rip()) && self.has_code_breakpoints() {
+                if let Some(exit) = self.one_instruction() {
+                    return exit;
+                }
+                continue;
+            }
             // Translated code does not look again at flags that were seen. An interrupt that could have been taken but had
             // gone may come back: until its flag is down, blocks are interpreted one by one.
             let settled = attention & Attention::INTERRUPT == 0 || !self.state.system_flag(rflags::IF);
@@ -174,7 +181,7 @@ impl Cpu {
             return Next::Again;
         }
         let flags = rflags::TF | rflags::RF;
-        let code_breakpoints = self.state.dr7 & dr::DR7_ENABLES != 0 && self.has_code_breakpoints();
+        let code_breakpoints = self.guarded.has(self.linear_rip()) && self.has_code_breakpoints();
         let careful = self.state.system_flag(flags)
             || self.state.shadow != Shadow::None
             || code_breakpoints
@@ -347,8 +354,13 @@ impl Cpu {
         self.state.system_flag(rflags::TF) || self.under_primary(primary::MONITOR_TRAP_FLAG)
     }
 
+    fn linear_rip(&self) -> u64 {
+        self.wrap(self.linear_base[Seg::Cs as usize].wrapping_add(self.state.rip))
+    }
+
     fn has_code_breakpoints(&self) -> bool {
-        (0..4).any(|i| self.state.dr7 & 3 << (2 * i) != 0 && self.breakpoint(i).0 == 0)
+        self.state.dr7 & dr::DR7_ENABLES != 0
+            && (0..4).any(|i| self.state.dr7 & 3 << (2 * i) != 0 && self.breakpoint(i).0 == 0)
     }
 
     /// Executes one instruction with everything that needs looking at per instruction: TF, RF, shadows,
@@ -409,7 +421,7 @@ impl Cpu {
         {
             return false;
         }
-        let linear = self.wrap(self.linear_base[Seg::Cs as usize].wrapping_add(self.state.rip));
+        let linear = self.linear_rip();
         let mut hits = 0;
         for i in 0..4 {
             let enabled = self.state.dr7 & 3 << (2 * i) != 0;
@@ -537,7 +549,20 @@ impl Cpu {
         non_canonical && self.fault.vector == vector::GP && op.seg == Seg::Ss as u8
     }
 
-    /// Forgets all decoded code: guest memory may have been changed behind our back (by another engine).
+    /// Guest memory will be changed behind our back, by another engine: [`Cpu::check_code`] is called when it may have been.
+    pub fn expect_foreign_writes(&mut self) {
+        self.blocks.keep_sources();
+    }
+
+    /// Guest memory may have been changed behind our back: forgets decoded code whose bytes are others now.
+    pub fn check_code(&mut self) {
+        let memory = std::sync::Arc::clone(&self.memory);
+        if !self.blocks.find_changes(&memory) {
+            self.forget_code();
+        }
+    }
+
+    /// Forgets all decoded code.
     pub fn forget_code(&mut self) {
         self.blocks.clear();
     }

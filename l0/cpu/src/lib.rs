@@ -34,6 +34,7 @@ use attention::Attention;
 use block::BlockCache;
 use bus::Bus;
 use cpuid::CpuModel;
+use mmu::guard::GuardedPages;
 use mmu::tlb::{DataTable, Mode, Tlb};
 use phys::{Peer, PhysMemory};
 use state::{CpuState, Event};
@@ -92,6 +93,8 @@ pub struct Cpu {
     pub(crate) look_up: bool,
     /// The last #GP was raised for a non-canonical address.
     pub(crate) non_canonical: bool,
+    /// Pages with instruction breakpoints.
+    pub(crate) guarded: GuardedPages,
     /// The page that only the slow path may access (APIC-1); no page's address if there is none.
     pub(crate) apic_page: u64,
     /// An event is on its way through the IDT.
@@ -149,6 +152,7 @@ impl Cpu {
             block_end: 0,
             look_up: true,
             non_canonical: false,
+            guarded: GuardedPages::default(),
             apic_page: u64::MAX,
             delivering: false,
             vectoring: None,

@@ -22,7 +22,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
 use crate::attention::Attention;
 
 /// Bytes that one bit of a page's code mask covers.
-const CODE_GRAIN: u64 = 64;
+pub(crate) const CODE_GRAIN: u64 = 64;
 
 /// What is remembered of one 4-KiB page of RAM.
 #[derive(Default)]

@@ -45,6 +45,11 @@ impl Bus for Nothing {
 
 /// A CPU in real mode at 0:0x1000, where `code` is.
 fn real_mode(code: CodeAssembler) -> Cpu {
+    real_mode_in_memory(code).0
+}
+
+/// The same, with where its memory begins.
+fn real_mode_in_memory(code: CodeAssembler) -> (Cpu, *mut u8) {
     let mut code = code;
     let bytes = code.assemble(0x1000).expect("assembles");
     let ram = Box::leak(vec![0u64; 1 << 17].into_boxed_slice());
@@ -62,7 +67,7 @@ fn real_mode(code: CodeAssembler) -> Cpu {
     *cpu.state.seg_mut(Seg::Cs) = Segment { access: 0x9b, ..Segment::real(0) };
     cpu.state.rip = 0x1000;
     cpu.state_changed();
-    cpu
+    (cpu, host)
 }
 
 #[test]
@@ -128,4 +133,29 @@ fn interrupts_are_taken_after_pause() {
     let mut cpu = real_mode(a);
     assert_eq!(cpu.run(100), Exit::Attention);
     assert_eq!((cpu.state.rip, cpu.state.gpr.get(reg::RBX), cpu.state.gpr.get(reg::RCX)), (rip, 1, 0));
+}
+
+#[test]
+fn code_that_another_engine_changed_is_decoded_again() {
+    let mut code = CodeAssembler::new(16).unwrap();
+    code.inc(ax).unwrap();
+    code.hlt().unwrap();
+    let (mut cpu, memory) = real_mode_in_memory(code);
+    cpu.expect_foreign_writes();
+    assert_eq!(cpu.run(10), Exit::Halted);
+    assert_eq!(cpu.state.gpr.get(reg::RAX), 1);
+    let again = |cpu: &mut Cpu| {
+        cpu.state.rip = 0x1000;
+        cpu.state.activity = turtles_cpu::state::Activity::Active;
+        cpu.state_changed();
+        assert_eq!(cpu.run(10), Exit::Halted);
+        cpu.state.gpr.get(reg::RAX)
+    };
+    cpu.check_code();
+    assert_eq!(again(&mut cpu), 2, "nothing has changed");
+    // DEC AX, by a route that the CPU does not see.
+    // SAFETY: inside the guest's memory, which stays, and which nobody else uses now.
+    unsafe { memory.add(0x1000).write_volatile(0x48) };
+    cpu.check_code();
+    assert_eq!(again(&mut cpu), 1);
 }

@@ -15,6 +15,7 @@
 //! - `cpuid`: what the guest may see; `probe`: how fast this KVM is; `probe_exits`: what it tells us of
 //! - `traps`: VMX instructions of a guest hypervisor, where KVM executes its ring 0
 //! - `l2`: guests of the guest, each of their EPT roots in a KVM VM of its own
+//! - `hop`: changing engines at random, for tests
 //! - `user`: the share of the guest that KVM executes where it emulates ring 0; `tunables`: its sizes
 //!
 //! What runs where ([`Share`], decided once by the measured speed of ring 0):
@@ -25,6 +26,7 @@
 //! | ring 3, 64-bit, long without a system call | KVM | KVM, if nothing of its state needs the kernel's registers |
 //! | ring 3 otherwise | KVM | software CPU: one way to KVM and back costs as much as thousands of instructions |
 //! | exceptions, interrupts, INT n, SYSCALL from ring 3 | KVM | software CPU, from the state before the instruction |
+//! | a guest hypervisor's VMX instructions, and what is near them | software CPU (see `traps`) | software CPU |
 //! | guests of the guest (VMX non-root operation) | ring 3: KVM, else software CPU: see `l2` | software CPU; ring 3 with `--engine kvm,l2` |
 //!
 //! Invariants:
@@ -35,6 +37,7 @@
 mod convert;
 mod cpuid;
 mod exits;
+mod hop;
 mod host;
 mod ioctl;
 mod kick;
@@ -42,6 +45,7 @@ mod l2;
 mod msrs;
 mod probe;
 mod probe_exits;
+mod stats;
 mod transfer;
 mod traps;
 mod tsc;
@@ -61,8 +65,9 @@ pub use host::{CAPABILITIES, Capability, KvmHost, Need, OpenError, Share};
 pub use l2::{L2Policy, L2Stats, Leaks};
 pub use probe::{FAST_RING0, Speed};
 pub use probe_exits::{Exits, VmxReach};
+pub use stats::Stats;
 pub use tsc::GuestTsc;
-pub use vcpu::{KvmVcpu, Stats};
+pub use vcpu::KvmVcpu;
 pub use vm::KvmVm;
 
 use super::EngineError;

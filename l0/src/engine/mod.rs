@@ -31,6 +31,10 @@ pub trait Engine: Send {
     fn run(&mut self, cpu: &mut Cpu, budget: u64) -> Result<Exit, EngineError>;
     /// For messages.
     fn name(&self) -> &'static str;
+    /// What happened between us and KVM, if that is the engine.
+    fn kvm_stats(&self) -> Option<kvm::Stats> {
+        None
+    }
 }
 
 /// The software CPU as an engine.

@@ -4,6 +4,7 @@
 //! Unsafe island: the fast paths dereference host addresses that a TLB entry vouches for. An entry's host page is
 //! guest RAM, mapped for the life of [`crate::phys::PhysMemory`], and the tag compare proves that the whole access lies in it.
 
+pub(crate) mod guard;
 pub mod tlb;
 pub mod walk;
 
@@ -440,7 +441,10 @@ impl Cpu {
         }
         let info = if to.global { GLOBAL } else { 0 } | if to.large { LARGE } else { 0 };
         let page = linear & !4095;
-        self.tlb.insert_fetch(user, page, FetchEntry { page, physical: to.physical, info });
+        // GUARD-1
+        if !self.guarded.has(page) {
+            self.tlb.insert_fetch(user, page, FetchEntry { page, physical: to.physical, info });
+        }
         Ok(to.physical | linear & 4095)
     }
 
@@ -517,11 +521,25 @@ impl Cpu {
         if self.state.cpl == 3 { Privilege::User } else { Privilege::Supervisor }
     }
 
+    /// Guards the pages of instruction breakpoints (GUARD-1).
+    fn guard_breakpoints(&mut self) {
+        if self.state.dr7 & dr::DR7_ENABLES == 0 {
+            return;
+        }
+        for i in 0..4 {
+            let armed = self.state.dr7 & 3 << (2 * i) != 0 && self.breakpoint(i).0 == 0;
+            if armed && self.guarded.add(self.state.dr[i]) {
+                self.tlb.flush_page(self.state.dr[i], false, |_| true);
+            }
+        }
+    }
+
     /// Recomputes what depends on CPL, CR0, CR4, EFER, RFLAGS.AC, DR7 and the code segment: call after changing any.
     pub fn refresh_mode(&mut self) {
         self.mode_changes = self.mode_changes.wrapping_add(1);
         self.mode_since = self.state.ticks();
         self.code_bits = self.state.code_bits();
+        self.guard_breakpoints();
         let data_breakpoints =
             (0..4).any(|i| self.state.dr7 & 3 << (2 * i) != 0 && matches!(self.breakpoint(i).0, 1 | 3));
         self.data_mode = if data_breakpoints || self.alignment_checked() {

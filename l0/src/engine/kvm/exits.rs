@@ -46,6 +46,11 @@ impl KvmVcpu {
                 Ok(self.entry_failed(failure.hardware_entry_failure_reason))
             }
             kb::KVM_EXIT_DEBUG => self.debug_exit(cpu),
+            // VMCALL or VMMCALL, see `vm::take_hypercalls`.
+            kb::KVM_EXIT_XEN => {
+                self.stats.hypercalls += 1;
+                Ok(Next::SoftwareInstead)
+            }
             // Nobody asked for it: the software CPU does as the architecture has it.
             kb::KVM_EXIT_EXCEPTION => Ok(Next::Software(1)),
             other => {
@@ -123,7 +128,7 @@ impl KvmVcpu {
         access.error = 0;
         if !CpuState::is_owner_msr(index) {
             self.stats.cpu_msrs += 1;
-            return Next::SoftwareMsr;
+            return Next::SoftwareInstead;
         }
         let refused = if reason == kb::KVM_EXIT_X86_RDMSR {
             cpu.bus().read_msr(index).map(|value| access.data = value).is_err()

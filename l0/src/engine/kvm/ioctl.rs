@@ -2,11 +2,14 @@
 
 use std::os::fd::AsRawFd;
 
-use kvm_bindings::{KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, KVMIO, kvm_device_attr, kvm_interrupt};
+use kvm_bindings::{
+    KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, KVMIO, kvm_device_attr, kvm_interrupt, kvm_xen_hvm_config,
+};
 use vmm_sys_util::ioctl::ioctl_with_ref;
 use vmm_sys_util::ioctl_iow_nr;
 
 ioctl_iow_nr!(KVM_INTERRUPT, KVMIO, 0x86, kvm_interrupt);
+ioctl_iow_nr!(KVM_XEN_HVM_CONFIG, KVMIO, 0x7a, kvm_xen_hvm_config);
 ioctl_iow_nr!(KVM_SET_DEVICE_ATTR, KVMIO, 0xe1, kvm_device_attr);
 ioctl_iow_nr!(KVM_GET_DEVICE_ATTR, KVMIO, 0xe2, kvm_device_attr);
 ioctl_iow_nr!(KVM_HAS_DEVICE_ATTR, KVMIO, 0xe3, kvm_device_attr);
@@ -20,6 +23,12 @@ pub(super) fn queue_interrupt(vcpu: &kvm_ioctls::VcpuFd, vector: u8) -> Result<(
     let interrupt = kvm_interrupt { irq: u32::from(vector) };
     // SAFETY: KVM_INTERRUPT on a vCPU's descriptor reads one kvm_interrupt.
     checked(unsafe { ioctl_with_ref(vcpu, KVM_INTERRUPT(), &interrupt) })
+}
+
+/// Says what a VM has of Xen's interface.
+pub(super) fn set_xen(vm: &impl AsRawFd, config: &kvm_xen_hvm_config) -> Result<(), kvm_ioctls::Error> {
+    // SAFETY: KVM_XEN_HVM_CONFIG on a VM's descriptor reads one kvm_xen_hvm_config.
+    checked(unsafe { ioctl_with_ref(vm, KVM_XEN_HVM_CONFIG(), config) })
 }
 
 fn tsc_offset_attribute(value: *const u64) -> kvm_device_attr {

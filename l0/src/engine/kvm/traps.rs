@@ -10,7 +10,7 @@
 //! | --- | --- |
 //! | no VMX in its CPUID | KVM, nothing armed |
 //! | CR4.VMXE clear | KVM; #GP watched, and #UD where KVM has the bit |
-//! | CR4.VMXE set, outside VMX operation, KVM without the bit | software CPU: KVM would not tell of its clearing |
+//! | CR4.VMXE set, outside VMX operation | software CPU: VMXON comes soon, and KVM would not tell of the bit's clearing |
 //! | VMX root operation | software CPU after each exit, for as long as going to KVM costs (`cluster`), then KVM |
 //! | #UD or #GP through a task gate, more breakpoints than debug registers, I/O breakpoints | software CPU |
 //!
@@ -20,13 +20,13 @@
 //! DEVIATION: an IDT that is loaded or edited without any exit before the next VMX instruction is not noticed in time,
 //! and that instruction's #UD goes to L1. DEVIATION: bytes below the stack pointer change where the frame was pushed.
 //! DEVIATION: in VMX root operation on a KVM without CR4.VMXE, MOV from CR4 shows the bit clear, and MOV to CR0 and CR4
-//! may clear bits that VMX operation fixes. DEVIATION: VMCALL is answered by KVM.
+//! may clear bits that VMX operation fixes. VMCALL: see `vm::take_hypercalls`.
 
 use iced_x86::{Decoder, DecoderOptions, Mnemonic, OpKind, Register};
 use kvm_bindings as kb;
 use kvm_ioctls::VcpuFd;
 use turtles_cpu::Cpu;
-use turtles_cpu::state::{CpuState, Seg, TableRegister};
+use turtles_cpu::state::{CpuState, EventKind, Seg, TableRegister};
 use turtles_cpu::vmx::Operation;
 use x86defs::{cr4, dr, rflags, vector};
 
@@ -148,6 +148,11 @@ impl Traps {
         Self { vmxe_bit, armed: None, source: None, vmxe: false, cluster }
     }
 
+    /// MOV from CR4 shows L1 a bit less on KVM.
+    pub(super) fn hides_vmxe(&self) -> bool {
+        self.vmxe_bit == VmxeBit::Refused
+    }
+
     /// CR4 as KVM takes it.
     pub(super) fn hide_vmxe(&mut self, value: u64) -> u64 {
         self.vmxe = value & cr4::VMXE != 0;
@@ -163,7 +168,7 @@ impl Traps {
     fn plan(&mut self, cpu: &Cpu) -> Option<Plan> {
         let state = &cpu.state;
         let vmxe = state.cr4 & cr4::VMXE != 0;
-        if self.vmxe_bit == VmxeBit::Refused && vmxe && cpu.vmx.operation == Operation::Off {
+        if vmxe && cpu.vmx.operation == Operation::Off {
             return None;
         }
         let gates = WATCHED.map(|vector| gate(cpu, vector));
@@ -348,6 +353,15 @@ fn undo(cpu: &mut Cpu, vector: u8, size: usize) -> bool {
     false
 }
 
+/// An exception that KVM raised for an instruction of ours, and came back before it delivered: nothing has to be taken
+/// back, the instruction is still to be executed.
+pub(super) fn drop_undelivered(cpu: &mut Cpu) {
+    let raised = cpu.state.injected.filter(|event| event.kind == EventKind::HardwareException);
+    if raised.is_some_and(|event| WATCHED.contains(&event.vector)) && is_ours(cpu) {
+        cpu.state.injected = None;
+    }
+}
+
 /// What KVM does about CR4.VMXE of this vCPU, which was made just now.
 pub(super) fn vmxe_bit(fd: &VcpuFd) -> Result<VmxeBit, EngineError> {
     let sregs = fd.get_sregs().map_err(failed("reading system registers"))?;
@@ -410,6 +424,7 @@ impl KvmVcpu {
         if (0..SLOTS).any(|slot| hit(slot) && matches!(plan.uses[slot], Use::Handler(..))) {
             // A fault that is L1's. RF lets its handler begin.
             self.stats.handlers_entered += 1;
+            log::debug!("exception of the guest's own: its handler begins at {:#x}", cpu.state.rip);
             cpu.state.set_rflags(cpu.state.rflags() | rflags::RF);
             return Ok(Next::Again);
         }

@@ -155,14 +155,24 @@ impl KvmVcpu {
             if left == 0 || Instant::now() >= self.slice_end {
                 return Ok(Exit::Budget);
             }
-            if let Some(exit) = self.execute(cpu, left.min(PATIENCE)) {
+            let burst = left.min(self.most_at_once());
+            if let Some(exit) = self.execute(cpu, burst) {
                 return Ok(exit);
             }
-            let long = cpu.state.cpl == 3 && cpu.ticks_in_mode() >= self.user.patience;
+            let patience = match &mut self.hop {
+                Some(hop) => hop.up_to(self.user.patience),
+                None => self.user.patience,
+            };
+            let long = cpu.state.cpl == 3 && cpu.ticks_in_mode() >= patience;
             if long && self.may_enter(cpu) {
                 self.stretch(cpu)?;
             }
         }
+    }
+
+    /// Instructions between two looks at whether KVM is to take over.
+    fn most_at_once(&mut self) -> u64 {
+        self.hop.as_mut().map_or(PATIENCE, |hop| hop.up_to(PATIENCE / 50))
     }
 
     fn may_enter(&mut self, cpu: &mut Cpu) -> bool {
@@ -246,7 +256,7 @@ impl KvmVcpu {
         self.stats.moved_out += 1;
         let trapped = is_trap(&cpu.state, shut_down);
         cpu.state = take_back(before, &cpu.state);
-        cpu.forget_code();
+        cpu.check_code();
         cpu.state_changed();
         if trapped {
             redo_trap(cpu);

@@ -10,6 +10,7 @@ use turtles_cpu::vmx::Operation;
 use turtles_cpu::{Cpu, Exit};
 use x86defs::rflags;
 
+use super::hop::Hop;
 use super::kick::{Running, SliceTimer, Target};
 use super::l2::{L2Share, L2Stats, Lent};
 use super::transfer::{ALL_IN_RUN_PAGE, Image};
@@ -17,7 +18,7 @@ use super::traps::{Fit, Traps};
 use super::tsc::TscSync;
 use super::tunables::UNFIT_BURST;
 use super::user::UserShare;
-use super::{KvmHost, KvmVm, LostFeature, Share, convert, failed, ioctl, traps};
+use super::{KvmHost, KvmVm, LostFeature, Share, Stats, convert, failed, ioctl, traps};
 use crate::engine::{Engine, EngineError};
 use crate::vcpu_signal::VcpuSignal;
 
@@ -37,53 +38,6 @@ const WINDOW_BURST: u64 = 4096;
 /// CPUID.1:ECX.VMX.
 const CPUID_VMX: u32 = 1 << 5;
 
-/// What happened, for `--stats` and tests.
-#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
-pub struct Stats {
-    /// Entries into KVM_RUN.
-    pub runs: u64,
-    /// Exits for I/O ports.
-    pub io: u64,
-    /// Exits for physical memory that is not RAM.
-    pub mmio: u64,
-    /// Exits for MSRs that the vCPU's owner answered.
-    pub owner_msrs: u64,
-    /// Exits for MSRs that the software CPU answered.
-    pub cpu_msrs: u64,
-    /// HLT.
-    pub halts: u64,
-    /// External interrupts delivered through KVM.
-    pub interrupts: u64,
-    /// Exits because interrupts could be taken.
-    pub interrupt_windows: u64,
-    /// KVM_RUN ended by a signal.
-    pub kicks: u64,
-    /// Instructions KVM could not emulate.
-    pub emulation_failures: u64,
-    /// Accesses KVM could not make (EFAULT).
-    pub memory_failures: u64,
-    /// Entries the processor refused.
-    pub entry_failures: u64,
-    /// Runs at the same instruction from signal to signal.
-    pub stuck: u64,
-    /// Hops to the software CPU and back, and instructions completed there.
-    pub bursts: u64,
-    /// See above.
-    pub software_instructions: u64,
-    /// Stretches of ring 3 that KVM executed alone ([`super::Share::User`]), and their host time in µs.
-    pub user_stretches: u64,
-    /// See above.
-    pub user_micros: u64,
-    /// VMX instructions, and MOV to CR4, that came by a breakpoint on their exception's handler.
-    pub vmx_instructions: u64,
-    /// The same breakpoints for exceptions that are the guest's.
-    pub handlers_entered: u64,
-    /// State moved into KVM.
-    pub moved_in: u64,
-    /// State moved out.
-    pub moved_out: u64,
-}
-
 /// What the run loop does next.
 pub(super) enum Next {
     /// Enter KVM again.
@@ -92,8 +46,8 @@ pub(super) enum Next {
     Home,
     /// Move the state home and execute instructions on the software CPU.
     Software(u64),
-    /// The software CPU answers the MSR access under way.
-    SoftwareMsr,
+    /// The software CPU executes the instruction that KVM has begun.
+    SoftwareInstead,
     /// Return to the owner.
     Leave(Exit),
 }
@@ -110,6 +64,7 @@ pub(super) enum Ended {
 
 /// A vCPU in KVM.
 pub struct KvmVcpu {
+    index: usize,
     pub(super) fd: VcpuFd,
     pub(super) vm: Arc<KvmVm>,
     pub(super) signal: Arc<VcpuSignal>,
@@ -145,6 +100,10 @@ pub struct KvmVcpu {
     /// Guests of the guest.
     pub(super) l2: Option<Box<L2Share>>,
     lost: Vec<LostFeature>,
+    /// KVM has failed: the software CPU executes from now on.
+    gone: bool,
+    /// Changes engines at random.
+    pub(super) hop: Option<Hop>,
     pub(super) stats: Stats,
 }
 
@@ -179,6 +138,7 @@ impl KvmVcpu {
             None
         };
         Ok(Self {
+            index,
             image: Image::new(&vm.host, &fd)?,
             tsc: TscSync::new(&fd),
             tsc_hz,
@@ -203,6 +163,8 @@ impl KvmVcpu {
             traps: traps.map(Traps::new),
             l2: None,
             lost,
+            gone: false,
+            hop: None,
             stats: Stats::default(),
         })
     }
@@ -210,6 +172,11 @@ impl KvmVcpu {
     /// What has happened so far.
     pub fn stats(&self) -> Stats {
         self.stats
+    }
+
+    /// From now on, changes between KVM and the software CPU at random: a test mode.
+    pub fn hop(&mut self, index: usize) {
+        self.hop = Some(Hop::new(index));
     }
 
     /// Features of the CPU model that the guest does not see, because KVM cannot give them.
@@ -243,20 +210,25 @@ impl KvmVcpu {
         loop {
             let next = if self.resident { self.enter(cpu)? } else { self.start(cpu)? };
             let exit = match next {
-                Next::Again if self.resident && self.idt_changed(cpu) => self.move_home(cpu)?,
+                Next::Again if self.resident && self.is_to_leave(cpu) => self.move_home(cpu)?,
                 Next::Again => None,
                 Next::Home => self.move_home(cpu)?,
                 Next::Software(instructions) => {
                     let exit = self.move_home(cpu)?;
                     if exit.is_some() { exit } else { self.execute(cpu, instructions) }
                 }
-                Next::SoftwareMsr => self.answer_in_software(cpu)?,
+                Next::SoftwareInstead => self.answer_in_software(cpu)?,
                 Next::Leave(exit) => Some(self.move_home(cpu)?.unwrap_or(exit)),
             };
             if let Some(exit) = exit {
                 return Ok(exit);
             }
         }
+    }
+
+    /// True if the state is to go home although KVM could go on.
+    fn is_to_leave(&mut self, cpu: &Cpu) -> bool {
+        self.hop.as_mut().is_some_and(Hop::leaves) || self.idt_changed(cpu)
     }
 
     /// The state is at home: decides what happens between instructions as the software CPU does, and moves it in.
@@ -280,6 +252,9 @@ impl KvmVcpu {
         }
         if self.arm(cpu)? == Fit::Software {
             return Ok(Next::Software(UNFIT_BURST));
+        }
+        if let Some(burst) = self.hop.as_mut().and_then(Hop::burst) {
+            return Ok(Next::Software(burst));
         }
         let state = &cpu.state;
         let open = state.injected.is_none() && can_take_interrupts(state);
@@ -316,10 +291,22 @@ impl KvmVcpu {
         self.target.go_inside();
         let ended = self.enter_inside(cpu);
         self.target.come_out();
-        match ended? {
-            Ok(ended) => self.answer(cpu, ended),
-            Err(next) => Ok(next),
+        match ended {
+            Ok(Ok(ended)) => self.answer(cpu, ended),
+            Ok(Err(next)) => Ok(next),
+            Err(error) => self.give_up(cpu, error),
         }
+    }
+
+    /// KVM has failed. If it still gives the state back, the guest goes on in the software CPU.
+    fn give_up(&mut self, cpu: &mut Cpu, error: EngineError) -> Result<Next, EngineError> {
+        self.in_run_page = self.registers_wait();
+        if self.move_out(cpu).is_err() {
+            return Err(error);
+        }
+        log::warn!("{error}; the software CPU goes on with vCPU {}", self.index);
+        self.gone = true;
+        Ok(Next::Leave(Exit::Budget))
     }
 
     fn enter_inside(&mut self, cpu: &mut Cpu) -> Result<Result<Ended, Next>, EngineError> {
@@ -460,11 +447,12 @@ impl KvmVcpu {
         self.image.move_out(&self.fd, cpu, &self.signal.attention, self.in_run_page)?;
         if let Some(traps) = &self.traps {
             cpu.state.cr4 = traps.show_vmxe(cpu.state.cr4);
+            traps::drop_undelivered(cpu);
         }
         self.stats.moved_out += 1;
         self.resident = false;
         self.instructions_seen = cpu.state.instructions;
-        cpu.forget_code();
+        cpu.check_code();
         cpu.state_changed();
         Ok(())
     }
@@ -478,14 +466,14 @@ impl KvmVcpu {
         (exit != Exit::Budget).then_some(exit)
     }
 
-    /// The MSR that the guest accesses is the software CPU's: that executes the instruction. KVM finishes its own
-    /// copy of it, whose effects are then replaced.
+    /// What the guest asks for is the software CPU's (an MSR, VMCALL): that executes the instruction. KVM finishes its
+    /// own copy of it, whose effects are then replaced.
     fn answer_in_software(&mut self, cpu: &mut Cpu) -> Result<Option<Exit>, EngineError> {
         self.move_out(cpu)?;
         self.set_immediate_exit(1);
         self.kvm_run(cpu)?;
         let exit = self.execute(cpu, 1);
-        // MSRs are not in anything KVM derived from page tables.
+        // Neither MSRs nor VMCALL are in anything KVM derived from page tables.
         self.instructions_seen = cpu.state.instructions;
         Ok(exit)
     }
@@ -570,7 +558,7 @@ fn set_tsc_frequency(vm: &KvmVm, fd: &VcpuFd, tsc_hz: u64) {
 
 impl Engine for KvmVcpu {
     fn run(&mut self, cpu: &mut Cpu, budget: u64) -> Result<Exit, EngineError> {
-        if budget < EXACT_BUDGET {
+        if self.gone || budget < EXACT_BUDGET {
             return Ok(self.execute(cpu, budget).unwrap_or(Exit::Budget));
         }
         if cpu.vmx.operation == Operation::NonRoot {
@@ -578,7 +566,10 @@ impl Engine for KvmVcpu {
         }
         if let (Operation::Root, Some(traps)) = (cpu.vmx.operation, &self.traps) {
             // What L1 does about an exit is mostly VMX instructions, each of which would be a way to KVM and back.
-            let burst = traps.cluster.budget().min(budget);
+            let burst = traps.cluster.budget();
+            // CR4 is looked at around VMX instructions.
+            let hop = self.hop.as_mut().filter(|_| !traps.hides_vmxe());
+            let burst = hop.map_or(burst, |hop| hop.up_to(burst)).min(budget);
             if let Some(exit) = self.execute(cpu, burst) {
                 return Ok(exit);
             }
@@ -603,6 +594,10 @@ impl Engine for KvmVcpu {
 
     fn name(&self) -> &'static str {
         "kvm"
+    }
+
+    fn kvm_stats(&self) -> Option<Stats> {
+        Some(self.stats)
     }
 }
 

@@ -5,8 +5,10 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use kvm_bindings::{
-    KVM_CAP_EXIT_ON_EMULATION_FAILURE, KVM_CAP_X86_USER_SPACE_MSR, KVM_MSR_EXIT_REASON_FILTER,
-    KVM_MSR_EXIT_REASON_INVAL, KVM_MSR_EXIT_REASON_UNKNOWN, kvm_enable_cap, kvm_userspace_memory_region,
+    KVM_CAP_DISABLE_QUIRKS2, KVM_CAP_EXIT_ON_EMULATION_FAILURE, KVM_CAP_X86_USER_SPACE_MSR, KVM_CAP_XEN_HVM,
+    KVM_MSR_EXIT_REASON_FILTER, KVM_MSR_EXIT_REASON_INVAL, KVM_MSR_EXIT_REASON_UNKNOWN,
+    KVM_X86_QUIRK_FIX_HYPERCALL_INSN, KVM_XEN_HVM_CONFIG_INTERCEPT_HCALL, kvm_enable_cap,
+    kvm_userspace_memory_region, kvm_xen_hvm_config,
 };
 use kvm_ioctls::{MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlags, VmFd};
 use turtles_cpu::Cpu;
@@ -14,7 +16,7 @@ use turtles_cpu::cpuid::Dynamic;
 use vm_memory::{GuestAddress, GuestMemoryBackend as _, GuestMemoryMmap};
 
 use super::l2::{FileMap, L2Share};
-use super::{KvmHost, KvmVcpu, failed, msrs};
+use super::{KvmHost, KvmVcpu, failed, ioctl, msrs};
 use crate::engine::EngineError;
 use crate::memory::{GuestMemory, Ram};
 use crate::vcpu_signal::{VcpuSignal, lock};
@@ -26,6 +28,9 @@ const TSS: usize = 0xfeff_d000;
 /// A page in the same place where a slot may come and go.
 const SPARE_PAGE: u64 = 0xfeff_b000;
 const SPARE_SLOT: u32 = 100;
+
+/// KVM wants an MSR for Xen's hypercall page. The guest's accesses to it come to us like those to any unknown MSR.
+const XEN_MSR: u32 = 0x4000_0000;
 
 /// A KVM virtual machine over guest RAM.
 pub struct KvmVm {
@@ -65,10 +70,16 @@ impl KvmVm {
             vm.set_slot(slot, start, len, host_address(&vm.memory, start)?)?;
         }
         take_msrs(&vm.fd)?;
+        take_hypercalls(&vm.fd);
         if vm.host.has_exit_on_emulation_failure {
             enable(&vm.fd, KVM_CAP_EXIT_ON_EMULATION_FAILURE, 1, "emulation failures")?;
         }
         Ok(vm)
+    }
+
+    /// The KVM that it is in.
+    pub fn host(&self) -> &KvmHost {
+        &self.host
     }
 
     /// The vCPU with number `index`, whose home is `cpu`, and which others reach through `signal`.
@@ -139,6 +150,28 @@ pub(super) fn take_msrs(vm: &VmFd) -> Result<(), EngineError> {
         })
         .collect();
     vm.set_msr_filter(MsrFilterDefaultAction::DENY, &ranges).map_err(failed("setting the MSR filter"))
+}
+
+/// Makes VMCALL and VMMCALL exit to us: KVM would answer them as hypercalls of its own, and overwrite the one that the
+/// processor does not have. What KVM has for a Xen guest's hypercalls does it, at every privilege level.
+///
+/// DEVIATION: KVM keeps to itself the yield of Xen's sched_op (RAX 29 with RDI 0 or 3). Where the kernel was built
+/// without this (CONFIG_KVM_XEN), VMCALL leaves an error of KVM's in RAX.
+pub(super) fn take_hypercalls(vm: &VmFd) {
+    let has = |cap: u32, bit: u32| vm.check_extension_raw(cap.into()) & bit as i32 != 0;
+    if has(KVM_CAP_DISABLE_QUIRKS2, KVM_X86_QUIRK_FIX_HYPERCALL_INSN) {
+        let quirk = u64::from(KVM_X86_QUIRK_FIX_HYPERCALL_INSN);
+        if let Err(error) = enable(vm, KVM_CAP_DISABLE_QUIRKS2, quirk, "hypercalls as they are") {
+            log::debug!("{error}");
+        }
+    }
+    if has(KVM_CAP_XEN_HVM, KVM_XEN_HVM_CONFIG_INTERCEPT_HCALL) {
+        let flags = KVM_XEN_HVM_CONFIG_INTERCEPT_HCALL;
+        let config = kvm_xen_hvm_config { flags, msr: XEN_MSR, ..Default::default() };
+        if let Err(error) = ioctl::set_xen(vm, &config) {
+            log::debug!("VMCALL stays with KVM: {error}");
+        }
+    }
 }
 
 fn host_address(memory: &GuestMemoryMmap<()>, start: u64) -> Result<u64, EngineError> {
