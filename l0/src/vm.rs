@@ -318,6 +318,9 @@ impl Machine {
             let stop = Arc::clone(&self.stop);
             let body = move || {
                 let guard = StopOnPanic(Arc::clone(&stop));
+                if let Some(profile) = &vcpu.profile {
+                    crate::profile::begin_thread(profile);
+                }
                 if let Err(failure) = vcpu.run() {
                     stop.failed(failure.into());
                 }

@@ -109,6 +109,8 @@ pub struct Cpu {
     pub want_interrupt_window: bool,
     /// CPU number, for CPUID's APIC ID.
     pub(crate) apic_id: u32,
+    /// PAUSEs executed, modulo 2^32.
+    pub(crate) spins: u32,
     /// Times that privilege or mode may have changed, and when that was last: see [`Cpu::mode_changes`].
     pub(crate) mode_changes: u64,
     pub(crate) mode_since: u64,
@@ -160,6 +162,7 @@ impl Cpu {
             step_trap: false,
             want_interrupt_window: false,
             apic_id,
+            spins: 0,
             mode_changes: 0,
             mode_since: 0,
         };

@@ -2,7 +2,7 @@
 //! kept unless the owner asked for it: then a store where one activity gives way to another.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicI32, AtomicU32, AtomicU64, Ordering};
 
 use iced_x86::{Decoder, DecoderOptions, Mnemonic};
 
@@ -124,6 +124,8 @@ const MNEMONICS: usize = 4096;
 pub struct Profile {
     /// A [`Doing`], and in the upper half the mnemonic whose handler runs.
     doing: AtomicU32,
+    /// The clock of the thread's processor time, as the system numbers them; 0 until it is known.
+    clock: AtomicI32,
     counts: [AtomicU64; Count::ALL.len()],
     /// Handlers called from translated code, by mnemonic.
     handlers: Box<[AtomicU64]>,
@@ -133,6 +135,7 @@ impl Default for Profile {
     fn default() -> Self {
         Self {
             doing: AtomicU32::new(Doing::Owner as u32),
+            clock: AtomicI32::new(0),
             counts: Default::default(),
             handlers: (0..MNEMONICS).map(|_| AtomicU64::new(0)).collect(),
         }
@@ -150,6 +153,16 @@ impl Profile {
         let word = self.doing.load(Ordering::Relaxed);
         let doing = Doing::ALL.into_iter().find(|&doing| doing as u32 == word & 0xff);
         (doing, (word >> 16) as usize)
+    }
+
+    /// The vCPU's thread has begun, and this clock shows the processor time it takes.
+    pub fn set_clock(&self, clock: i32) {
+        self.clock.store(clock, Ordering::Relaxed);
+    }
+
+    /// That clock, once the thread has begun.
+    pub fn clock(&self) -> Option<i32> {
+        Some(self.clock.load(Ordering::Relaxed)).filter(|&clock| clock != 0)
     }
 
     /// From now on the vCPU does something else; returns what to [`Profile::resume`].

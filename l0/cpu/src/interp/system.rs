@@ -9,6 +9,7 @@ use crate::cpuid::{Dynamic, Feature};
 use crate::op::{Cold, ColdHandler};
 use crate::state::{Activity, reg};
 use crate::trap::{Exec, Fault};
+use crate::tunables::SPINS_BEFORE_YIELD;
 
 /// How this family executes `insn`, if it is its own.
 pub(crate) fn lower(insn: &Instruction) -> Option<ColdHandler> {
@@ -116,6 +117,11 @@ fn nothing(_: &mut Cpu, _: &Cold) -> Exec {
 }
 
 fn pause(cpu: &mut Cpu, _: &Cold) -> Exec {
+    // Who is waited for may be a vCPU whose thread waits for a processor.
+    cpu.spins = cpu.spins.wrapping_add(1);
+    if cpu.spins % SPINS_BEFORE_YIELD == 0 {
+        std::thread::yield_now();
+    }
     if cpu.non_root() { cpu.exit_on_pause() } else { Ok(()) }
 }
 
