@@ -54,3 +54,15 @@ fn on_kvm() {
         assert_passes(guest, &config(guest, EngineConfig::Kvm));
     }
 }
+
+/// A vCPU is plain data that both engines agree on: changing between them at random shows nowhere.
+#[test]
+fn hopping_between_kvm_and_the_software_cpu() {
+    if let Err(why) = KvmHost::open() {
+        println!("SKIP hopping: {why}");
+        return;
+    }
+    for guest in ALL {
+        assert_passes(guest, &config(guest, EngineConfig::KvmHop));
+    }
+}
