@@ -82,6 +82,8 @@ pub struct OpenKvm {
     pub tsc: Option<GuestTsc>,
     /// Which exits were seen, and what the engine gives KVM to execute.
     pub exits: Option<(Exits, Share)>,
+    /// What ring 3 of a guest's guest would do there unseen, if that could be tried.
+    pub leaks: Option<&'static [&'static str]>,
 }
 
 /// What was found.
@@ -141,8 +143,9 @@ fn look_at_kvm() -> KvmReport {
     let host = KvmHost::open();
     let tsc = host.as_ref().ok().and_then(|host| host.guest_tsc().ok());
     let exits = host.as_ref().ok().map(|host| (host.exits(), host.share()));
+    let leaks = host.as_ref().ok().map(KvmHost::ring3_leaks);
     let speed = host.and_then(|host| host.measure()).map_err(|error| error.to_string());
-    KvmReport::Open(OpenKvm { capabilities, speed, tsc, exits })
+    KvmReport::Open(OpenKvm { capabilities, speed, tsc, exits, leaks })
 }
 
 /// Looks at the host. Takes some milliseconds.
@@ -267,6 +270,18 @@ impl fmt::Display for OpenKvm {
                 )?;
             }
         }
+        match self.leaks {
+            Some([]) => {
+                writeln!(f, "  Guests' guests run their ring 3 on it: whatever they do there can be seen.")?;
+            }
+            Some(leaks) => writeln!(
+                f,
+                "  Guests' guests run in the software CPU, since their ring 3 would do unseen here: {}; --engine kvm,l2 \
+                 accepts that.",
+                leaks.join(", ")
+            )?,
+            None => {}
+        }
         match &self.speed {
             Ok(speed) => {
                 let micros = speed.out_round_trip.as_secs_f64() * 1e6;
@@ -313,7 +328,7 @@ mod tests {
     fn open(ring0_per_second: f64) -> KvmReport {
         let speed = Speed { ring0_per_second, out_round_trip: Duration::from_micros(2) };
         let capabilities = CAPABILITIES.iter().map(|c| (c, 1)).collect();
-        KvmReport::Open(OpenKvm { capabilities, speed: Ok(speed), tsc: None, exits: None })
+        KvmReport::Open(OpenKvm { capabilities, speed: Ok(speed), tsc: None, exits: None, leaks: None })
     }
 
     #[test]

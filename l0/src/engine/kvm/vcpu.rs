@@ -603,6 +603,7 @@ impl Engine for KvmVcpu {
 
 impl Drop for KvmVcpu {
     fn drop(&mut self) {
+        log::debug!("{:?}", self.l2_stats());
         self.signal.set_kicker(None);
     }
 }

@@ -75,6 +75,7 @@ impl Guest {
             let cap = kb::kvm_enable_cap { cap, args: [1, 0, 0, 0], ..Default::default() };
             vm.enable_cap(&cap).map_err(failed("asking to be told of emulation failures"))?;
         }
+        leave_instructions_alone(host, &vm);
         let vcpu = vm.create_vcpu(0).map_err(failed("creating a vCPU for L2"))?;
         let after_reset = Dynamic { code64: true, ..Dynamic::default() };
         let bits = window.len().trailing_zeros();
@@ -287,6 +288,21 @@ fn tell(leaf: u32, subleaf: u32, mut answer: [u32; 4], host: &KvmHost, bits: u32
 }
 
 const HV_LAST: u32 = 0x4000_0001;
+
+/// Makes KVM neither write VMCALL where it finds VMMCALL nor execute MWAIT that CPUID does not offer.
+fn leave_instructions_alone(host: &KvmHost, vm: &VmFd) {
+    let known = KvmHost::ask(&host.kvm, kb::KVM_CAP_DISABLE_QUIRKS2);
+    let unwanted = kb::KVM_X86_QUIRK_FIX_HYPERCALL_INSN | kb::KVM_X86_QUIRK_MWAIT_NEVER_UD_FAULTS;
+    let quirks = u64::from(unwanted) & u64::try_from(known).unwrap_or(0);
+    let cap = kb::kvm_enable_cap {
+        cap: kb::KVM_CAP_DISABLE_QUIRKS2,
+        args: [quirks, 0, 0, 0],
+        ..Default::default()
+    };
+    if quirks == 0 || vm.enable_cap(&cap).is_err() {
+        log::debug!("this KVM keeps its quirks");
+    }
+}
 
 /// Makes CPUID, VMCALL and VMMCALL of ring 3 fault, where KVM can.
 fn forbid(vcpu: &VcpuFd) -> Result<(), EngineError> {

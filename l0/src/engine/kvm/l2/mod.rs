@@ -62,7 +62,7 @@ use ept_merge::invalidate::Invalidation;
 use ept_merge::{L1Gpa, L2Gpa, Page, Permissions, Root};
 use turtles_cpu::attention::Attention;
 use turtles_cpu::{Cpu, Exit};
-use x86defs::vmx::secondary;
+use x86defs::vmx::{pin, primary, secondary};
 
 use self::guest::{Guest, Left};
 use self::mapped::Mapped;
@@ -151,6 +151,12 @@ impl L2Share {
             return Ok(cpu.run(budget));
         }
         let limit = cpu.state.ticks().saturating_add(budget);
+        if self.policy == L2Policy::Eager && nothing_due_at_entry(cpu) && self.may_enter(cpu, lent.attention)
+        {
+            if let Some(exit) = self.visit(cpu, &mut lent)? {
+                return Ok(exit);
+            }
+        }
         loop {
             let left = limit.saturating_sub(cpu.state.ticks());
             if left == 0 {
@@ -340,6 +346,12 @@ impl L2Share {
         let ranges = self.guests.iter().map(|(_, guest)| guest.mapped.ranges() as u64).sum();
         L2Stats { ranges, ..self.stats }
     }
+}
+
+/// The software CPU need not look, after VM entry, whether there is to be an exit before any instruction.
+fn nothing_due_at_entry(cpu: &Cpu) -> bool {
+    let controls = &cpu.vmx.controls;
+    !controls.has_pin(pin::PREEMPTION_TIMER) && !controls.has_primary(primary::USE_TPR_SHADOW)
 }
 
 /// What came of a miss.

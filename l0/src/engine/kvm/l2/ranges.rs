@@ -300,6 +300,8 @@ mod tests {
     }
 
     proptest! {
+        // Failures are repeated from their seed in the message, wherever the test is run.
+        #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
         #[test]
         fn ranges_are_a_page_table(all in proptest::collection::vec(steps(), 1..60)) {
             let (mut ranges, mut model, mut mapped) = (Ranges::new(1000), Model::new(), Model::new());
