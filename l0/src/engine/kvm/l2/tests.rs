@@ -469,3 +469,54 @@ fn controls_that_cannot_be_honoured_on_kvm_keep_l2_off_it() {
         assert_eq!(l2.stretches(), 0);
     }
 }
+
+/// For people: what L2's ring 3 costs on KVM and in the software CPU. `cargo test --release -- --ignored --nocapture l2`
+#[test]
+#[ignore = "prints times, proves nothing"]
+fn figures() {
+    // mov ecx,N; 1: imul eax,eax,7; add eax,ecx; dec ecx; jnz 1b; vmcall
+    const TURNS: u32 = 200_000_000;
+    let mut code = vec![0xb9];
+    code.extend(TURNS.to_le_bytes());
+    code.extend([0x6b, 0xc0, 7, 0x01, 0xc8, 0xff, 0xc9, 0x75, 0xf7, 0x0f, 0x01, 0xc1]);
+    let Some(mut kvm) = L2::new(&code) else { return };
+    let Some(mut soft) = L2::new(&code) else { return };
+    soft.m.cpu.set_translate(true);
+    let time = |run: &mut dyn FnMut()| {
+        let start = std::time::Instant::now();
+        run();
+        start.elapsed()
+    };
+    let on_kvm = time(&mut || assert_eq!(kvm.on_kvm().1.reason, reason::VMCALL));
+    let in_software = time(&mut || {
+        while soft.m.cpu.run(100_000_000) == Exit::Budget {}
+    });
+    let native = time(&mut || {
+        // SAFETY: the same loop, which changes the two registers that it is given.
+        unsafe {
+            std::arch::asm!("2: imul {a:e}, {a:e}, 7", "add {a:e}, {c:e}", "dec {c:e}", "jnz 2b",
+                a = inout(reg) 0u32 => _, c = inout(reg) TURNS => _, options(nomem, nostack));
+        }
+    });
+    println!("{TURNS} turns: KVM {on_kvm:?}, software CPU {in_software:?}, this process {native:?}");
+    println!("{:?}", kvm.m.vcpu.l2_stats());
+    let Some(mut l2) = L2::new(&over_pages(1)) else { return };
+    l2.controls.exception_bitmap = !0;
+    l2.start();
+    let took = time(&mut || assert_eq!(l2.on_kvm().1.reason, reason::EXCEPTION_OR_NMI));
+    let stats = l2.m.vcpu.l2_stats();
+    println!("100 pages met one by one: {took:?}, {stats:?}");
+    // vmcall; jmp back: every exit is one stretch, where L2 goes to KVM at once.
+    let Some(mut l2) = L2::new(&[0x0f, 0x01, 0xc1]) else { return };
+    let exits = 1000;
+    let before = l2.on_kvm();
+    assert_eq!(before.1.reason, reason::VMCALL);
+    let first = l2.stretches();
+    let took = time(&mut || {
+        for _ in 0..exits {
+            l2.enter();
+            assert_eq!(l2.on_kvm().1.reason, reason::VMCALL);
+        }
+    });
+    println!("{exits} exits: {:?} each, {} entries of KVM", took / exits, l2.stretches() - first);
+}
