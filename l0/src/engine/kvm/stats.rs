@@ -70,6 +70,14 @@ counters! {
     user_stretches "stretches of ring 3 on KVM",
     /// See above.
     user_micros "microseconds of them",
+    /// The same of guests' guests, which are VMs of their own.
+    l2_stretches "stretches of L2's ring 3 on KVM",
+    /// See above.
+    l2_micros "microseconds of them",
+    /// Stretches that ended at memory which was not there yet.
+    l2_misses "of them ended by memory not met before",
+    /// KVM VMs made for them.
+    l2_guests "KVM virtual machines for L2",
     /// State moved into KVM.
     moved_in "vCPU state moved into KVM",
     /// State moved out.

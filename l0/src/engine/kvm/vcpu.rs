@@ -171,7 +171,15 @@ impl KvmVcpu {
 
     /// What has happened so far.
     pub fn stats(&self) -> Stats {
-        self.stats
+        let l2 = self.l2_stats();
+        Stats {
+            runs: self.stats.runs + l2.stretches,
+            l2_stretches: l2.stretches,
+            l2_micros: l2.micros,
+            l2_misses: l2.misses,
+            l2_guests: l2.guests,
+            ..self.stats
+        }
     }
 
     /// From now on, changes between KVM and the software CPU at random: a test mode.
@@ -597,13 +605,12 @@ impl Engine for KvmVcpu {
     }
 
     fn kvm_stats(&self) -> Option<Stats> {
-        Some(self.stats)
+        Some(self.stats())
     }
 }
 
 impl Drop for KvmVcpu {
     fn drop(&mut self) {
-        log::debug!("{:?}", self.l2_stats());
         self.signal.set_kicker(None);
     }
 }
