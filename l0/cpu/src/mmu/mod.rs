@@ -526,9 +526,14 @@ impl Cpu {
         if self.state.dr7 & dr::DR7_ENABLES == 0 {
             return;
         }
+        let armed = |cpu: &Self, i: usize| cpu.state.dr7 & 3 << (2 * i) != 0 && cpu.breakpoint(i).0 == 0;
         for i in 0..4 {
-            let armed = self.state.dr7 & 3 << (2 * i) != 0 && self.breakpoint(i).0 == 0;
-            if armed && self.guarded.add(self.state.dr[i]) {
+            if armed(self, i) {
+                self.guarded.touch(self.state.dr[i]);
+            }
+        }
+        for i in 0..4 {
+            if armed(self, i) && self.guarded.add(self.state.dr[i]) {
                 self.tlb.flush_page(self.state.dr[i], false, |_| true);
             }
         }
