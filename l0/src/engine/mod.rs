@@ -20,6 +20,9 @@ pub enum EngineError {
         /// The host's answer.
         source: std::io::Error,
     },
+    /// There is no KVM for us.
+    #[error("KVM: {0}")]
+    NoKvm(#[from] kvm::OpenError),
     /// KVM stopped for a reason that we cannot go on from.
     #[error("KVM stopped with {0}")]
     KvmExit(String),

@@ -115,6 +115,11 @@ pub enum OpenError {
     /// It is there but something else is wrong.
     #[error("cannot open /dev/kvm: {0}")]
     Other(std::io::Error),
+    /// Something else has its name.
+    #[error(
+        "/dev/kvm is no KVM: whoever set up this system or container put something else there; use --engine soft"
+    )]
+    NotKvm,
     /// Not the interface we know.
     #[error(
         "KVM's interface has version {0}, not 12: this kernel is older than Linux 2.6.22; use --engine soft"
@@ -123,19 +128,6 @@ pub enum OpenError {
     /// A required capability is missing.
     #[error("KVM has no {}: {}", .0.name, .0.without)]
     Lacks(&'static Capability),
-}
-
-impl From<OpenError> for EngineError {
-    fn from(error: OpenError) -> Self {
-        let kind = match &error {
-            OpenError::Missing => std::io::ErrorKind::NotFound,
-            OpenError::NotPermitted => std::io::ErrorKind::PermissionDenied,
-            OpenError::Other(source) => source.kind(),
-            OpenError::Version(_) | OpenError::Lacks(_) => std::io::ErrorKind::Unsupported,
-        };
-        let what = error.to_string();
-        EngineError::Kvm { what, source: kind.into() }
-    }
 }
 
 /// What KVM is given to execute; see the table in the module's documentation.
@@ -251,6 +243,7 @@ impl KvmHost {
         })?;
         match kvm.get_api_version() {
             API_VERSION => Ok(kvm),
+            ..0 => Err(OpenError::NotKvm),
             other => Err(OpenError::Version(other)),
         }
     }

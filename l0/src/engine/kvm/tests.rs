@@ -676,3 +676,18 @@ fn measuring_tells_a_plausible_speed() {
     assert!(speed.ring0_per_second > 1e5 && speed.ring0_per_second < 1e11);
     assert!(speed.out_round_trip > Duration::from_nanos(100));
 }
+
+#[test]
+fn a_kvm_that_fails_says_what_it_was_doing() {
+    use std::os::fd::AsRawFd;
+    let Some(mut m) = machine() else { return };
+    // out 0x80, al; jmp $
+    m.long(&[0xe6, 0x80, 0xeb, 0xfe]);
+    assert_eq!(m.run(), Exit::Budget);
+    let null = std::fs::File::open("/dev/null").unwrap();
+    // SAFETY: both are open descriptors, and the second is only used for ioctls, which fail from now on.
+    assert!(unsafe { libc::dup2(null.as_raw_fd(), m.vcpu.fd.as_raw_fd()) } >= 0);
+    let error = m.vcpu.run(&mut m.cpu, BUDGET).unwrap_err().to_string();
+    assert!(error.starts_with("KVM: "), "{error}");
+    assert!(error.contains("ioctl"), "{error}");
+}
