@@ -199,6 +199,11 @@ impl Assembler {
         self.rm(B4, &[0x0f, 0xb7], to, mem);
     }
 
+    /// Stores the low byte of RAX, RCX, RDX or RBX.
+    pub(super) fn store_u8(&mut self, mem: Mem, from: Reg) {
+        self.rm(B4, &[0x88], from, mem);
+    }
+
     pub(super) fn store(&mut self, width: Width, mem: Mem, from: Reg) {
         self.rm(width, &[0x89], from, mem);
     }

@@ -40,7 +40,7 @@ fn is_from_selector(insn: &Instruction) -> bool {
 }
 
 /// RFLAGS without the status flags.
-fn system_flags() -> Mem {
+pub(super) fn system_flags() -> Mem {
     field(offset_of!(Cpu, state.rflags_system))
 }
 

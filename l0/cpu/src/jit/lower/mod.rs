@@ -14,6 +14,7 @@ mod mov;
 mod muldiv;
 mod registers;
 mod stack;
+mod string;
 mod vector;
 
 use std::mem::offset_of;
@@ -206,6 +207,7 @@ impl Lowering<'_> {
             || self.muldiv(number, insn)
             || self.bits(number, insn)
             || self.flags(number, insn)
+            || self.string(number, insn)
             || self.mov(number, insn)
             || self.arith(number, insn);
         if !done {
@@ -456,10 +458,14 @@ fn use_of_families(insn: &Instruction) -> Option<Use> {
         .or_else(|| muldiv::flag_use(insn))
         .or_else(|| bits::flag_use(insn))
         .or_else(|| flags::flag_use(insn))
+        .or_else(|| string::flag_use(insn))
 }
 
 /// An instruction of one of these whose handler may be called although it has no memory operand, and may find the
 /// status flags of use.
 fn may_fault(insn: &Instruction) -> bool {
-    vector::is_vector(insn) || muldiv::may_fault(insn) || flags::may_fault(insn)
+    vector::is_vector(insn)
+        || muldiv::may_fault(insn)
+        || flags::may_fault(insn)
+        || string::flag_use(insn).is_some()
 }
