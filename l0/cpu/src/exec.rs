@@ -105,7 +105,10 @@ impl Cpu {
                 }
                 continue;
             }
+            let unknown = settled && !self.knows_page();
             let block = match self.find_block() {
+                // Its page was looked up just now, after a flush most often: its translation may have been there all along.
+                Ok(_) if unknown && self.knows_page() => continue,
                 Ok(block) => block,
                 // The fault belongs to the next instruction.
                 Err(_) if self.state.ticks() >= limit => return Exit::Budget,
@@ -135,6 +138,12 @@ impl Cpu {
                 }
             }
         }
+    }
+
+    /// False if 64-bit code at RIP could not be found, nor its translation, before its page is looked up.
+    fn knows_page(&self) -> bool {
+        let linear = self.linear_base[Seg::Cs as usize].wrapping_add(self.state.rip);
+        self.code_bits != 64 || self.tlb.fetch(self.state.cpl == 3, linear).page == linear & !4095
     }
 
     /// Everything that happens between instructions, in the order of "Priority Among Concurrent Events".

@@ -13,7 +13,7 @@ use super::emit::{
 };
 use super::lower::table;
 use crate::Cpu;
-use crate::mmu::tlb::{DATA_ENTRIES, DataTable, SECOND_MASK, SECOND_SHIFT};
+use crate::mmu::tlb::{DATA_ENTRIES, DataTable, FETCH_ENTRIES, FetchEntry, SECOND_MASK, SECOND_SHIFT};
 use crate::op::Op;
 use crate::profile::Doing;
 use crate::state::SLOT_BLOCK_IP;
@@ -294,8 +294,13 @@ pub(super) fn emit_lookup(asm: &mut Assembler) -> [Fixup; 2] {
     asm.alu_load(B8, Alu::Add, RCX, field(offset_of!(Cpu, jit.jumps)));
     asm.alu_load(B8, Alu::Cmp, RAX, Mem::at(RCX, offset_of!(JumpEntry, rip) as i32));
     let other_rip = asm.jcc(NOT_EQUAL);
-    asm.load(B8, RDX, Mem::at(RCX, offset_of!(JumpEntry, key) as i32));
-    asm.alu_load(B8, Alu::Cmp, RDX, field(offset_of!(Cpu, jit.key)));
+    asm.mov(B4, RDX, RAX);
+    asm.shr32(RDX, 12);
+    asm.alu_imm(B4, Alu::And, RDX, FETCH_ENTRIES as i32 - 1);
+    asm.shl32(RDX, size_of::<FetchEntry>().trailing_zeros() as u8);
+    asm.alu_load(B8, Alu::Add, RDX, field(offset_of!(Cpu, jit.fetch)));
+    asm.load(B8, RDX, Mem::at(RDX, offset_of!(FetchEntry, key) as i32));
+    asm.alu_load(B8, Alu::Cmp, RDX, Mem::at(RCX, offset_of!(JumpEntry, key) as i32));
     [other_rip, asm.jcc(NOT_EQUAL)]
 }
 
@@ -388,7 +393,7 @@ impl Cpu {
         if self.look_up || self.attention.get() != self.jit.seen {
             self.jit.expire();
         }
-        self.jit.key = self.jump_key();
+        self.jit.fetch = self.tlb.fetch_table(self.state.cpl == 3);
         0
     }
 
@@ -398,7 +403,7 @@ impl Cpu {
             return LOOK;
         }
         self.jit.seen = 0;
-        self.jit.key = self.jump_key();
+        self.jit.fetch = self.tlb.fetch_table(self.state.cpl == 3);
         GO
     }
 }

@@ -28,8 +28,8 @@
 //! - JIT-2: translated code names ops by their place in the arena: emptying the arena forgets all translations
 //!   (`BlockCache::generation`).
 //! - JIT-3: a link never leaves its page, so the fetch translation that reached its source holds for its target. What
-//!   leaves the page goes through the jump cache, whose key changes with everything that may end a fetch translation,
-//!   and with the privilege to fetch.
+//!   leaves the page goes through the jump cache, whose entries hold while the fetch translation of the target's page has
+//!   the key it had (TLB-3).
 //! - JIT-4: a trace's instructions are taken off `left` when it is entered, and what it did not execute is given back
 //!   where it is left early; `end - left` is the instruction count once the running trace has run whole.
 //! - JIT-5: a jump forwards in its page skips the first two checks: its source passed them, pages' versions only go up,
@@ -48,7 +48,7 @@ mod vector;
 use crate::Cpu;
 use crate::attention::Attention;
 use crate::block::key;
-use crate::mmu::tlb::DATA_ENTRIES;
+use crate::mmu::tlb::{DATA_ENTRIES, FetchEntry};
 use crate::native::CodeMemory;
 use crate::phys::CodePage;
 use crate::profile::{Count, Doing};
@@ -67,13 +67,13 @@ const JUMPS: usize = 4096;
 #[repr(C, align(32))]
 struct JumpEntry {
     rip: u64,
-    /// [`Cpu::jump_key`] when it was entered.
+    /// The key of its page's fetch translation when it was entered (TLB-3).
     key: u64,
     code: u64,
 }
 
-/// No address has this key.
-const NO_JUMP: JumpEntry = JumpEntry { rip: 0, key: u64::MAX, code: 0 };
+/// No translation has this key.
+const NO_JUMP: JumpEntry = JumpEntry { rip: 0, key: 0, code: 0 };
 
 /// What translated code reads and writes besides the CPU's state.
 #[derive(Clone, Copy)]
@@ -91,7 +91,8 @@ pub(crate) struct Hot {
     /// long as nobody attends (an interrupt while IF is clear).
     seen: u32,
     jumps: *const JumpEntry,
-    key: u64,
+    /// The fetch translations of the current address space and privilege.
+    fetch: *const FetchEntry,
     /// Target of the indirect call under way.
     target: u64,
     /// What of the guest's vector state is in the host's registers: see [`vector`].
@@ -114,7 +115,7 @@ impl Hot {
             attention,
             seen: 0,
             jumps: std::ptr::null(),
-            key: 0,
+            fetch: std::ptr::null(),
             target: 0,
             vector: 0,
             host_mxcsr: vector::HOST_MXCSR,
@@ -223,11 +224,6 @@ impl Cpu {
         }
     }
 
-    /// What an address's code in the jump cache depends on besides the address (JIT-3).
-    fn jump_key(&self) -> u64 {
-        self.tlb.fetch_epoch() << 1 | u64::from(self.state.cpl == 3)
-    }
-
     /// The translation of the block at RIP, made now if it has become hot; none if the interpreter is to execute it.
     #[inline]
     pub(crate) fn find_translation(&mut self, limit: u64) -> Option<Entry> {
@@ -273,9 +269,9 @@ impl Cpu {
         let Some(translator) = self.translator.as_deref_mut() else { return Ok(()) };
         let gate = translator.gate;
         let rip = self.state.rip;
-        let key = self.tlb.fetch_epoch() << 1 | u64::from(self.state.cpl == 3);
-        translator.remember(rip, key, entry.code);
-        self.jit.key = key;
+        let user = self.state.cpl == 3;
+        translator.remember(rip, self.tlb.fetch(user, rip).key, entry.code);
+        self.jit.fetch = self.tlb.fetch_table(user);
         // The others are done with once seen, and may be set anew.
         self.jit.seen = attention & (Attention::INTERRUPT | Attention::NMI);
         self.jit.page_ip = rip & !4095;

@@ -16,7 +16,7 @@ use crate::phys::{PhysMemory, Word};
 use crate::profile::{Count, Doing};
 use crate::state::{Activity, Seg};
 use crate::trap::{Exec, Fault, Trap};
-use tlb::{DataEntry, FetchEntry, GLOBAL, LARGE, Mode, Regime, SpaceTag, data_index, no_page};
+use tlb::{DataEntry, GLOBAL, LARGE, Mode, Regime, SpaceTag, data_index, no_page};
 use walk::{Access, Direct, Failure, Nested, Privilege, Translation, translate};
 
 /// Where one piece (within a page) of a slow access goes.
@@ -443,7 +443,7 @@ impl Cpu {
         let page = linear & !4095;
         // GUARD-1
         if !self.guarded.has(page) {
-            self.tlb.insert_fetch(user, page, FetchEntry { page, physical: to.physical, info });
+            self.tlb.insert_fetch(user, page, to.physical, info);
         }
         Ok(to.physical | linear & 4095)
     }

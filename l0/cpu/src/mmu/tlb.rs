@@ -10,14 +10,16 @@
 //! - TLB-1: a `write` tag is set only for a page whose dirty bit is set and that holds no code (CODE-1).
 //! - TLB-2: the table of [`Mode::Slow`] is always empty: every access takes the slow path, where alignment checks
 //!   and data breakpoints are.
+//! - TLB-3: a fetch entry's `key` names one translation of a page to a physical page, for as long as it may be used; no
+//!   other pair of pages ever has it. A page that is looked up anew after a flush, and lies where it lay, has its old key.
 
 /// Entries of each data table (a power of two), and as many second places behind them.
 pub const DATA_ENTRIES: usize = 512;
 /// Entries of each fetch table (a power of two).
-pub const FETCH_ENTRIES: usize = 1024;
+pub const FETCH_ENTRIES: usize = 2048;
 /// Address spaces kept at once: the half-dozen process contexts that Linux uses, for a hypervisor and three guests.
 pub const SPACES: usize = 24;
-/// Tag of an empty fetch entry: no page address has its low bits set.
+/// Tag of a fetch entry never used: no page address has its low bits set.
 pub const EMPTY: u64 = u64::MAX;
 
 /// One data translation. `addend` + linear address = host address.
@@ -67,15 +69,27 @@ pub const LARGE: u64 = 2;
 
 /// One instruction-fetch translation.
 #[derive(Clone, Copy, Debug)]
-#[repr(C)]
+#[repr(C, align(32))]
 pub struct FetchEntry {
     pub page: u64,
     /// Physical page address.
     pub physical: u64,
     pub info: u64,
+    /// TLB-3; with [`RETIRED`] if the translation may not be used.
+    pub key: u64,
 }
 
-const NO_FETCH: FetchEntry = FetchEntry { page: EMPTY, physical: 0, info: 0 };
+/// In a fetch entry's `page` and `key`: what the entry says held until a flush. (No page address has its low bits set.)
+const RETIRED: u64 = 1;
+
+const NO_FETCH: FetchEntry = FetchEntry { page: EMPTY, physical: 0, info: 0, key: RETIRED };
+
+impl FetchEntry {
+    fn retire(&mut self) {
+        self.page |= RETIRED;
+        self.key |= RETIRED;
+    }
+}
 
 /// Which entries may be filled, so that emptying costs no more than filling did.
 struct Filled<const WORDS: usize>([u64; WORDS]);
@@ -198,8 +212,14 @@ impl FetchTable {
         Self { entries: [NO_FETCH; FETCH_ENTRIES], filled: Filled([0; FETCH_ENTRIES / 64]) }
     }
 
-    fn insert(&mut self, index: usize, entry: FetchEntry) {
-        self.entries[index] = entry;
+    fn insert(&mut self, page: u64, physical: u64, info: u64, last_key: &mut u64) {
+        let index = fetch_index(page);
+        let entry = &mut self.entries[index];
+        if entry.page & !RETIRED != page || entry.physical != physical {
+            *last_key += 2 * RETIRED;
+            entry.key = *last_key;
+        }
+        *entry = FetchEntry { page, physical, info, key: entry.key & !RETIRED };
         self.filled.note(index);
     }
 
@@ -207,7 +227,7 @@ impl FetchTable {
         let Self { entries, filled } = self;
         filled.for_each(|i| {
             if goes(entries[i].info) {
-                entries[i] = NO_FETCH;
+                entries[i].retire();
             }
         });
     }
@@ -255,8 +275,6 @@ pub struct Regime {
 /// The translations of one address space.
 pub struct Space {
     tag: SpaceTag,
-    /// See [`Tlb::fetch_epoch`].
-    epoch: u64,
     regime: Regime,
     used: u64,
     data: [DataTable; 4],
@@ -273,7 +291,6 @@ impl Space {
     fn new() -> Box<Self> {
         Box::new(Self {
             tag: SpaceTag::default(),
-            epoch: 0,
             regime: Regime::default(),
             used: 0,
             data: std::array::from_fn(|_| DataTable::new()),
@@ -328,7 +345,7 @@ impl Space {
         for table in &mut self.fetch {
             let entry = &mut table.entries[fetch_index(page)];
             if entry.page == page && !kept(entry.info) {
-                *entry = NO_FETCH;
+                entry.retire();
             }
         }
     }
@@ -363,20 +380,13 @@ pub struct Tlb {
     spaces: Vec<Box<Space>>,
     current: usize,
     clock: u64,
-    /// The current space's epoch.
-    fetch_epoch: u64,
-    last_epoch: u64,
+    /// The last key given (TLB-3).
+    last_key: u64,
 }
 
 impl Default for Tlb {
     fn default() -> Self {
-        Self {
-            spaces: (0..SPACES).map(|_| Space::new()).collect(),
-            current: 0,
-            clock: 0,
-            fetch_epoch: 0,
-            last_epoch: 0,
-        }
+        Self { spaces: (0..SPACES).map(|_| Space::new()).collect(), current: 0, clock: 0, last_key: 0 }
     }
 }
 
@@ -402,26 +412,22 @@ impl Tlb {
             let oldest = (0..self.spaces.len()).min_by_key(|&i| self.spaces[i].used).unwrap_or(0);
             let space = &mut self.spaces[oldest];
             space.flush();
-            space.epoch = next(&mut self.last_epoch);
             space.tag = tag;
             oldest
         });
         let space = &mut self.spaces[index];
         if space.regime != regime {
             space.flush();
-            space.epoch = next(&mut self.last_epoch);
             space.regime = regime;
         }
         space.used = self.clock;
         self.current = index;
-        self.fetch_epoch = space.epoch;
     }
 
-    /// A number of the current space that changes whenever a fetch translation of it may have ceased to hold, and is no
-    /// other space's; who remembers where code is remembers it.
+    /// The fetch entries of the current space, user or supervisor: for who remembers where code is, and by which key.
     #[inline(always)]
-    pub(crate) fn fetch_epoch(&self) -> u64 {
-        self.fetch_epoch
+    pub(crate) fn fetch_table(&self, user: bool) -> *const FetchEntry {
+        self.spaces[self.current].fetch[usize::from(user)].entries.as_ptr()
     }
 
     /// Inserts a data translation.
@@ -436,12 +442,12 @@ impl Tlb {
         space.data[mode as usize].insert(linear & !4095, entry);
     }
 
-    /// Inserts a fetch translation.
-    pub fn insert_fetch(&mut self, user: bool, linear: u64, entry: FetchEntry) {
+    /// Inserts the fetch translation of `page`.
+    pub fn insert_fetch(&mut self, user: bool, page: u64, physical: u64, info: u64) {
         let space = &mut self.spaces[self.current];
         space.clean = false;
-        note_large(&mut space.large, linear, entry.info);
-        space.fetch[usize::from(user)].insert(fetch_index(linear), entry);
+        note_large(&mut space.large, page, info);
+        space.fetch[usize::from(user)].insert(page, physical, info, &mut self.last_key);
     }
 
     /// Drops everything, in every space.
@@ -452,23 +458,15 @@ impl Tlb {
     /// Drops everything of spaces that `which` selects; with `keep_global`, global translations stay.
     pub fn flush_spaces(&mut self, keep_global: bool, which: impl Fn(&SpaceTag) -> bool) {
         for space in self.spaces.iter_mut().filter(|s| !s.clean && which(&s.tag)) {
-            if keep_global {
-                space.flush_non_global()
-            } else {
-                space.flush()
-            }
-            space.epoch = next(&mut self.last_epoch);
+            if keep_global { space.flush_non_global() } else { space.flush() }
         }
-        self.fetch_epoch = self.spaces[self.current].epoch;
     }
 
     /// Drops what translates `linear` in spaces that `which` selects.
     pub fn flush_page(&mut self, linear: u64, keep_global: bool, which: impl Fn(&SpaceTag) -> bool) {
         for space in self.spaces.iter_mut().filter(|s| !s.clean && which(&s.tag)) {
             space.flush_page(linear, keep_global);
-            space.epoch = next(&mut self.last_epoch);
         }
-        self.fetch_epoch = self.spaces[self.current].epoch;
     }
 
     /// Drops every fast write translation (CODE-1); reads stay.
@@ -489,12 +487,6 @@ impl Tlb {
     pub fn current_tag(&self) -> SpaceTag {
         self.spaces[self.current].tag
     }
-}
-
-/// A number never given before.
-fn next(last: &mut u64) -> u64 {
-    *last += 1;
-    *last
 }
 
 fn note_large(range: &mut (u64, u64), linear: u64, info: u64) {
@@ -570,5 +562,57 @@ mod tests {
         tlb.insert_data(Mode::User, first, entry(first, true), 0);
         assert!(tlb.data(Mode::User).entry(first).writes(first, 1));
         assert!(!tlb.data(Mode::User).second(first).reads(first, 1));
+    }
+
+    const PAGE: u64 = 0x7000;
+    const FRAME: u64 = 0x1_2000;
+
+    fn key(tlb: &Tlb) -> u64 {
+        tlb.fetch(false, PAGE).key
+    }
+
+    #[test]
+    fn a_page_that_lies_where_it_lay_has_its_key_again() {
+        let mut tlb = Tlb::default();
+        tlb.insert_fetch(false, PAGE, FRAME, 0);
+        let first = key(&tlb);
+        tlb.flush_page(PAGE, false, |_| true);
+        assert_ne!(key(&tlb), first, "a dropped translation has no key that holds");
+        assert_ne!(tlb.fetch(false, PAGE).page, PAGE);
+        tlb.insert_fetch(false, PAGE, FRAME, 0);
+        assert_eq!(key(&tlb), first);
+        tlb.flush_all();
+        assert_ne!(key(&tlb), first);
+        tlb.insert_fetch(false, PAGE, FRAME, LARGE);
+        assert_eq!(key(&tlb), first);
+    }
+
+    #[test]
+    fn another_page_another_frame_another_privilege_and_another_space_have_other_keys() {
+        let mut tlb = Tlb::default();
+        let mut seen = std::collections::HashSet::new();
+        let other_page = PAGE + ((FETCH_ENTRIES as u64) << 12);
+        for (page, frame) in
+            [(PAGE, FRAME), (PAGE, FRAME + 0x1000), (other_page, FRAME), (PAGE, FRAME), (PAGE, 0)]
+        {
+            for pcid in [0, 1] {
+                tlb.switch(SpaceTag { pcid, ..SpaceTag::default() }, Regime::default());
+                for user in [false, true] {
+                    tlb.insert_fetch(user, page, frame, 0);
+                    assert!(seen.insert(tlb.fetch(user, page).key), "{page:#x} {frame:#x} {pcid} {user}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn global_translations_keep_their_keys_where_others_lose_them() {
+        let mut tlb = Tlb::default();
+        tlb.insert_fetch(false, PAGE, FRAME, GLOBAL);
+        tlb.insert_fetch(false, PAGE + 0x1000, FRAME, 0);
+        let (global, other) = (key(&tlb), tlb.fetch(false, PAGE + 0x1000).key);
+        tlb.flush_spaces(true, |_| true);
+        assert_eq!(key(&tlb), global);
+        assert_ne!(tlb.fetch(false, PAGE + 0x1000).key, other);
     }
 }
