@@ -88,6 +88,9 @@ impl Cpu {
             }
             // GUARD-1
             if self.guarded.has(self.linear_rip()) && self.has_code_breakpoints() {
+                if self.state.ticks() >= limit {
+                    return Exit::Budget;
+                }
                 if let Some(exit) = self.one_instruction() {
                     return exit;
                 }
