@@ -17,6 +17,8 @@
 //! - TRAP-1: KVM is entered with the breakpoints of the IDT that L1 has, or not at all. The IDT register and the two
 //!   gates are compared whenever KVM has come back.
 //!
+//! UNSUPPORTED: a KVM whose breakpoints do not fire at handlers (`probe_exits` finds out): its guests are shown no VMX.
+//!
 //! DEVIATION: an IDT that is loaded or edited without any exit before the next VMX instruction is not noticed in time,
 //! and that instruction's #UD goes to L1. DEVIATION: bytes below the stack pointer change where the frame was pushed.
 //! DEVIATION: in VMX root operation on a KVM without CR4.VMXE, MOV from CR4 shows the bit clear, and MOV to CR0 and CR4
