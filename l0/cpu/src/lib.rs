@@ -59,8 +59,11 @@ pub enum Exit {
     Vm,
 }
 
-/// One vCPU's software CPU.
+/// One vCPU's software CPU. What translated code uses most is where one byte says how far it is from the general registers.
+#[repr(C)]
 pub struct Cpu {
+    /// What translated code works with.
+    pub(crate) jit: jit::Hot,
     /// The vCPU: plain data, valid whenever `run` is not executing. After changing it, call [`Cpu::state_changed`].
     pub state: CpuState,
     /// Its VMX side.
@@ -72,8 +75,6 @@ pub struct Cpu {
     pub(crate) peer: Arc<Peer>,
     pub(crate) tlb: Tlb,
     pub(crate) blocks: BlockCache,
-    /// What translated code works with.
-    pub(crate) jit: jit::Hot,
     pub(crate) translator: Option<Box<jit::Translator>>,
     pub(crate) profile: Option<Box<profile::Profiled>>,
     /// Details of the fault that a [`trap::Trap::Fault`] announced.

@@ -270,12 +270,12 @@ impl Default for Msrs {
 #[derive(Clone, Debug)]
 #[repr(C)]
 pub struct CpuState {
-    pub gpr: RegisterFile,
     pub rip: u64,
     /// RFLAGS without the six status flags, which live in [`CpuState::status`]; see [`CpuState::rflags`].
     pub(crate) rflags_system: u64,
     /// Status flags as the host gives them: `LAHF` in the high byte, `SETO` in the low byte.
     pub(crate) status: u16,
+    pub gpr: RegisterFile,
     /// ES, CS, SS, DS, FS, GS.
     pub segments: [Segment; 6],
     pub ldtr: Segment,

@@ -12,6 +12,9 @@ pub(crate) const TRANSLATE_AFTER: u32 = 16;
 /// Bytes of translated code per vCPU.
 pub(crate) const CODE_CAPACITY: usize = 32 << 20;
 
+/// Where in them the code begins that is seldom executed: it is half as much again as the rest.
+pub(crate) const CODE_ASIDES: usize = 12 << 20;
+
 /// Cold parts (56 bytes each: 5.25 MiB); about one instruction in six has one.
 pub(crate) const COLD_CAPACITY: usize = 96 * 1024;
 

@@ -72,35 +72,63 @@ pub(super) use Width::{B4, B8};
 #[derive(Clone, Copy)]
 pub(super) struct Fixup(pub usize);
 
-/// Code being written.
+/// Offsets from here on are in the second part of the code.
+const ASIDE: usize = 1 << 30;
+
+/// Code being written: what is executed as a rule, and then what seldom is, which goes elsewhere: far apart, the former
+/// takes less of the processor's caches.
 pub(super) struct Assembler {
-    pub code: Vec<u8>,
+    /// The part being written.
+    code: Vec<u8>,
+    /// The first part while the second is written.
+    finished: Vec<u8>,
+    aside: bool,
     encoder: Encoder,
-    /// Where the code will be executed.
-    origin: u64,
+    /// Where the parts will be executed.
+    origins: [u64; 2],
     /// Some instruction could not be encoded: the code is of no use.
     pub failed: bool,
 }
 
 impl Assembler {
     pub(super) fn new() -> Self {
-        Self { code: Vec::with_capacity(4096), encoder: Encoder::new(64), origin: 0, failed: false }
+        Self {
+            code: Vec::with_capacity(4096),
+            finished: Vec::with_capacity(4096),
+            aside: false,
+            encoder: Encoder::new(64),
+            origins: [0; 2],
+            failed: false,
+        }
     }
 
-    /// Starts anew at `origin`.
-    pub(super) fn start(&mut self, origin: u64) {
+    /// Starts anew.
+    pub(super) fn start(&mut self, origins: [u64; 2]) {
         self.code.clear();
-        self.origin = origin;
+        self.finished.clear();
+        self.aside = false;
+        self.origins = origins;
         self.failed = false;
     }
 
+    /// What comes now is seldom executed.
+    pub(super) fn step_aside(&mut self) {
+        std::mem::swap(&mut self.code, &mut self.finished);
+        self.aside = true;
+    }
+
+    /// The two parts.
+    pub(super) fn parts(&self) -> [&[u8]; 2] {
+        if self.aside { [&self.finished, &self.code] } else { [&self.code, &[]] }
+    }
+
     pub(super) fn here(&self) -> usize {
-        self.code.len()
+        self.code.len() + if self.aside { ASIDE } else { 0 }
     }
 
     /// Where `offset` will be executed.
     pub(super) fn address(&self, offset: usize) -> u64 {
-        self.origin + offset as u64
+        self.origins[usize::from(offset >= ASIDE)] + (offset % ASIDE) as u64
     }
 
     pub(super) fn bytes(&mut self, bytes: &[u8]) {
@@ -387,8 +415,10 @@ impl Assembler {
     }
 
     pub(super) fn bind_to(&mut self, fixup: Fixup, target: usize) {
-        let relative = (target as i64 - (fixup.0 as i64 + 4)) as i32;
-        self.code[fixup.0..fixup.0 + 4].copy_from_slice(&relative.to_le_bytes());
+        let relative = self.address(target).wrapping_sub(self.address(fixup.0) + 4) as i32;
+        let in_first = fixup.0 < ASIDE;
+        let code = if in_first && self.aside { &mut self.finished } else { &mut self.code };
+        code[fixup.0 % ASIDE..][..4].copy_from_slice(&relative.to_le_bytes());
     }
 
     pub(super) fn jump_back(&mut self, target: usize) {

@@ -39,8 +39,10 @@ pub(super) const PINNED: [Option<Reg>; 16] = [
     None,
 ];
 
-/// RBP points this far into the CPU: general registers are within a byte's displacement.
-const BIAS: usize = offset_of!(Cpu, state.gpr) + 128;
+/// RBP points this far into the CPU: general registers, status flags and what of [`Hot`] is used most are within a byte's
+/// displacement.
+const BIAS: usize = offset_of!(Cpu, state.gpr);
+const _: () = assert!(BIAS - offset_of!(Cpu, jit.left) <= 112);
 
 /// A field of the CPU as an operand of translated code.
 pub(super) fn field(offset: usize) -> Mem {

@@ -54,7 +54,7 @@ use crate::phys::CodePage;
 use crate::profile::{Count, Doing};
 use crate::state::Seg;
 use crate::trap::Exec;
-use crate::tunables::{CODE_CAPACITY, TRANSLATE_AFTER};
+use crate::tunables::{CODE_ASIDES, CODE_CAPACITY, TRANSLATE_AFTER};
 use emit::Assembler;
 use gate::{Gate, Left};
 use trace::Trace;
@@ -75,14 +75,29 @@ struct JumpEntry {
 /// No translation has this key.
 const NO_JUMP: JumpEntry = JumpEntry { rip: 0, key: 0, code: 0 };
 
-/// What translated code reads and writes besides the CPU's state.
+/// What translated code reads and writes besides the CPU's state. The fields from `masks` on are used most: they are last,
+/// just before the CPU's state, whose beginning RBP points to ([`gate`]).
 #[derive(Clone, Copy)]
+#[repr(C, align(64))]
 pub(crate) struct Hot {
-    /// Instructions that may still be executed (JIT-4); signed, as a block whose handler asks to look up runs to its
-    /// end.
-    left: i64,
     /// The instruction count at which `left` is zero.
     end: u64,
+    jumps: *const JumpEntry,
+    /// The fetch translations of the current address space and privilege.
+    fetch: *const FetchEntry,
+    /// Target of the indirect call under way.
+    target: u64,
+    /// What GS points to, in translated code.
+    gs: u64,
+    /// MXCSR as Rust code expects it.
+    host_mxcsr: u32,
+    room: [u64; 6],
+    /// For PEXT. The last: the bits of an address that are the TLB's index. Before it, backwards, for operands to be aligned
+    /// to 1, 2, 4, … bytes: the bits that a distance from the page's start must not have.
+    masks: [u64; MASKS],
+    /// Instructions that may still be executed (JIT-4); signed, as a trace whose handler asks to look up runs to its
+    /// end.
+    left: i64,
     /// Linear address of the running code's page.
     page_ip: u64,
     /// The attention word.
@@ -90,21 +105,12 @@ pub(crate) struct Hot {
     /// The flags in it that the run loop has seen and that make nothing due as
     /// long as nobody attends (an interrupt while IF is clear).
     seen: u32,
-    jumps: *const JumpEntry,
-    /// The fetch translations of the current address space and privilege.
-    fetch: *const FetchEntry,
-    /// Target of the indirect call under way.
-    target: u64,
     /// What of the guest's vector state is in the host's registers: see [`vector`].
     vector: u32,
-    /// MXCSR as Rust code expects it.
-    host_mxcsr: u32,
-    /// What GS points to, in translated code.
-    gs: u64,
-    /// For PEXT: the bits of an address that are the TLB's index; then, for operands to be aligned to 1, 2, 4, … bytes,
-    /// the bits that a distance from the page's start must not have.
-    masks: [u64; 8],
 }
+
+/// The TLB's index, and alignments up to 64 bytes.
+const MASKS: usize = 8;
 
 impl Hot {
     pub(crate) fn new(attention: *const Attention) -> Self {
@@ -120,9 +126,10 @@ impl Hot {
             vector: 0,
             host_mxcsr: vector::HOST_MXCSR,
             gs: 0,
-            masks: std::array::from_fn(|i| match i {
+            room: [0; 6],
+            masks: std::array::from_fn(|i| match MASKS - 1 - i {
                 0 => (DATA_ENTRIES as u64 - 1) << 12,
-                _ => !4095 | ((1 << (i - 1)) - 1),
+                n => !4095 | ((1 << (n - 1)) - 1),
             }),
         }
     }
@@ -157,7 +164,7 @@ pub(crate) struct Translator {
 impl Translator {
     fn new(threshold: u32) -> std::io::Result<Self> {
         let mut translator = Self {
-            memory: CodeMemory::new(CODE_CAPACITY)?,
+            memory: CodeMemory::with_asides(CODE_CAPACITY, CODE_ASIDES)?,
             gate: Gate::default(),
             jumps: vec![NO_JUMP; JUMPS].into_boxed_slice(),
             asm: Assembler::new(),
@@ -176,7 +183,7 @@ impl Translator {
         self.jumps.fill(NO_JUMP);
         self.asm.start(self.memory.next());
         self.gate = gate::emit(&mut self.asm);
-        if self.memory.append(&self.asm.code).is_none() {
+        if self.memory.append_parts(self.asm.parts()).is_none() {
             log::error!("no room for the translator's own code");
         }
         // What was executed from here before may be in the processor's prefetch queue ("Handling Self- and
@@ -339,7 +346,7 @@ impl Cpu {
         };
         debug_assert!(translator.forward == 0 || translator.forward == forward as u64);
         translator.forward = forward as u64;
-        let Some(code) = translator.memory.append(&translator.asm.code) else {
+        let Some(code) = translator.memory.append_parts(translator.asm.parts()) else {
             self.blocks.clear();
             return None;
         };

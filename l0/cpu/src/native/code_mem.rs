@@ -19,6 +19,9 @@ pub(crate) struct CodeMemory {
     executable: *const u8,
     capacity: usize,
     used: usize,
+    /// Where the part for code that is seldom executed begins, and what is used of it.
+    asides: usize,
+    asides_used: usize,
 }
 
 // SAFETY: the pointers name mappings of this process that are never unmapped; writing needs `&mut self`.
@@ -36,7 +39,7 @@ impl CodeMemory {
         // SAFETY: `file` is ours and not used again; the mappings keep the memory.
         unsafe { libc::close(file) };
         let (writable, executable) = mapped?;
-        Ok(Self { writable, executable, capacity, used: 0 })
+        Ok(Self { writable, executable, capacity, used: 0, asides: capacity, asides_used: 0 })
     }
 
     fn map(file: libc::c_int, capacity: usize) -> io::Result<(*mut u8, *const u8)> {
@@ -55,31 +58,57 @@ impl CodeMemory {
         Ok((writable, executable))
     }
 
+    /// The same in two parts, the second of which begins at `asides` (a multiple of 16).
+    pub(crate) fn with_asides(capacity: usize, asides: usize) -> io::Result<Self> {
+        let mut memory = Self::new(capacity)?;
+        memory.asides = asides;
+        Ok(memory)
+    }
+
     /// Copies `code` in and returns where it can be executed; none when the memory is full.
     pub(crate) fn append(&mut self, code: &[u8]) -> Option<*const u8> {
         let start = self.used;
         let end = start.checked_add(code.len())?;
-        if end > self.capacity {
+        if end > self.asides {
             return None;
         }
-        self.used = end.next_multiple_of(ALIGNMENT).min(self.capacity);
-        // SAFETY: `start..end` lies inside both mappings and was never handed out before, so nobody executes or
-        // reads it; `code` is not part of the mappings (they are only reached from here).
+        self.used = end.next_multiple_of(ALIGNMENT).min(self.asides);
+        Some(self.write(start, code))
+    }
+
+    /// The same for both parts; returns where the first can be executed.
+    pub(crate) fn append_parts(&mut self, [code, aside]: [&[u8]; 2]) -> Option<*const u8> {
+        let end = self.asides_used.checked_add(aside.len())?;
+        if end > self.capacity - self.asides {
+            return None;
+        }
+        let at = self.append(code)?;
+        self.write(self.asides + self.asides_used, aside);
+        self.asides_used = end.next_multiple_of(ALIGNMENT).min(self.capacity - self.asides);
+        Some(at)
+    }
+
+    /// Writes to `start`, from where on enough is free.
+    fn write(&mut self, start: usize, code: &[u8]) -> *const u8 {
+        // SAFETY: our callers checked that the range lies inside both mappings and was never handed out before, so nobody
+        // executes or reads it; `code` is not part of the mappings (they are only reached from here).
         unsafe {
             std::ptr::copy_nonoverlapping(code.as_ptr(), self.writable.add(start), code.len());
-            Some(self.executable.add(start))
+            self.executable.add(start)
         }
     }
 
-    /// Where the next code will be.
-    pub(crate) fn next(&self) -> u64 {
-        self.executable as u64 + self.used as u64
+    /// Where the next code will be, and what goes aside.
+    pub(crate) fn next(&self) -> [u64; 2] {
+        [self.used, self.asides + self.asides_used].map(|at| self.executable as u64 + at as u64)
     }
 
     /// Makes the jump whose displacement is `site` bytes from the start go to `target`, an address in this memory.
     /// The displacement is aligned: whoever executes the jump meanwhile goes to the old or the new target.
     pub(crate) fn link(&mut self, site: usize, target: u64) {
-        assert!(site % 4 == 0 && site + 4 <= self.used);
+        let aside = site >= self.asides;
+        let end = if aside { self.asides + self.asides_used } else { self.used };
+        assert!(site % 4 == 0 && site + 4 <= end);
         let relative = target.wrapping_sub(self.executable as u64 + site as u64 + 4) as u32;
         // SAFETY: the four bytes lie in the writable mapping and are aligned, as both mappings are.
         unsafe {
@@ -91,6 +120,7 @@ impl CodeMemory {
     /// Forgets everything that was appended: only for memory whose code nobody will call again.
     pub(crate) fn reset(&mut self) {
         self.used = 0;
+        self.asides_used = 0;
     }
 }
 

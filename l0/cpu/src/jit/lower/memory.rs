@@ -14,9 +14,9 @@ use super::registers::number;
 use super::{Aside, Flags, Lowering};
 use crate::Cpu;
 use crate::interp::operands::{address_bits, memory_segment};
-use crate::jit::Hot;
 use crate::jit::emit::{Alu, B4, B8, Fixup, Mem, NOT_EQUAL, RAX, RCX, RDX, Reg};
 use crate::jit::gate::field;
+use crate::jit::{Hot, MASKS};
 use crate::mmu::tlb::{DATA_ENTRIES, DataTable};
 use crate::state::Seg;
 
@@ -213,9 +213,9 @@ fn tags(access: For) -> usize {
     }
 }
 
-/// See [`Hot::masks`].
+/// The number-th of [`Hot::masks`], from the last.
 fn masks(number: usize) -> Mem {
-    field(offset_of!(Cpu, jit) + offset_of!(Hot, masks) + number * 8)
+    field(offset_of!(Cpu, jit) + offset_of!(Hot, masks) + (MASKS - 1 - number) * 8)
 }
 
 /// The memory operand can be looked up.

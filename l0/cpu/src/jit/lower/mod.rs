@@ -130,6 +130,7 @@ pub(super) fn lower(asm: &mut Assembler, gate: Gate, source: &Source) -> Option<
         lowering.crossing();
     }
     lowering.finish();
+    lowering.asm.step_aside();
     lowering.write_asides();
     (!lowering.asm.failed).then_some(forward)
 }
