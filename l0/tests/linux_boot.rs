@@ -27,18 +27,19 @@ struct Boot {
     kernel: &'static str,
     cpus: u32,
     jobs: &'static str,
+    engine: &'static str,
     extra: Vec<String>,
 }
 
 impl Boot {
     fn new(kernel: &'static str, cpus: u32, jobs: &'static str) -> Self {
-        Self { kernel, cpus, jobs, extra: Vec::new() }
+        Self { kernel, cpus, jobs, engine: "soft", extra: Vec::new() }
     }
 
     fn command(&self) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_turtles"));
         command
-            .args(["run", "--engine", "soft", "--memory", "512M", "--stats"])
+            .args(["run", "--engine", self.engine, "--memory", "512M", "--stats"])
             .arg("--kernel")
             .arg(image(&format!("vmlinuz-{}", self.kernel)))
             .arg("--initrd")
@@ -128,6 +129,16 @@ fn cloud_kernel_works_on_one_cpu() {
     assert_jobs_done(&console, jobs);
     assert!(console.contains(ZEROS_SUM), "wrong sum:\n{console}");
     assert!(console.contains("turtles: machine cpus 1"));
+}
+
+/// The reference by itself: what the translator falls back to also has to carry a whole system.
+#[test]
+fn cloud_kernel_works_in_the_interpreter() {
+    let jobs = "forks,pipe";
+    let mut boot = Boot::new("cloud", 2, jobs);
+    boot.engine = "soft,interpreter";
+    let (console, _) = boot.run();
+    assert_jobs_done(&console, jobs);
 }
 
 #[test]
