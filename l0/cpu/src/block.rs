@@ -11,9 +11,7 @@
 use std::collections::HashMap;
 use std::ptr;
 
-use iced_x86::Instruction;
-
-use crate::op::{Cold, ColdHandler, Op};
+use crate::op::{Cold, Op};
 use crate::phys::{CODE_GRAIN, CodePage, PhysMemory};
 use crate::tunables::{BLOCK_SLOTS, COLD_CAPACITY, OP_CAPACITY};
 
@@ -136,10 +134,10 @@ fn slot(key: u64) -> usize {
 /// The blocks of one vCPU.
 pub struct BlockCache {
     slots: Box<[Block]>,
-    ops: Box<[Op]>,
-    used: usize,
-    cold: Box<[Cold]>,
-    cold_used: usize,
+    /// Never grows beyond the room it was made with: it stays where it is.
+    ops: Vec<Op>,
+    /// Likewise.
+    cold: Vec<Cold>,
     generation: u64,
     /// First slots of the blocks inserted since everything was forgotten, as long as they are few.
     inserted: Vec<u32>,
@@ -159,19 +157,10 @@ unsafe impl Send for BlockCache {}
 
 impl Default for BlockCache {
     fn default() -> Self {
-        fn nothing(_: &mut crate::Cpu, _: &Op) -> crate::trap::Exec {
-            Ok(())
-        }
-        fn cold_nothing(_: &mut crate::Cpu, _: &Cold) -> crate::trap::Exec {
-            Ok(())
-        }
-        let cold = Cold { insn: Instruction::default(), handler: cold_nothing as ColdHandler, data: 0 };
         Self {
             slots: vec![EMPTY; BLOCK_SLOTS].into_boxed_slice(),
-            ops: vec![Op::new(nothing); OP_CAPACITY].into_boxed_slice(),
-            used: 0,
-            cold: vec![cold; COLD_CAPACITY].into_boxed_slice(),
-            cold_used: 0,
+            ops: Vec::with_capacity(OP_CAPACITY),
+            cold: Vec::with_capacity(COLD_CAPACITY),
             generation: 1,
             inserted: Vec::with_capacity(FEW),
             sources: None,
@@ -254,7 +243,7 @@ impl BlockCache {
 
     /// Makes room for one more block, emptying everything if needed. Only between blocks.
     pub(crate) fn make_room(&mut self) {
-        if self.used + MAX_BLOCK > self.ops.len() || self.cold_used + MAX_BLOCK > self.cold.len() {
+        if self.ops.len() + MAX_BLOCK > OP_CAPACITY || self.cold.len() + MAX_BLOCK > COLD_CAPACITY {
             self.clear();
         }
     }
@@ -273,16 +262,16 @@ impl BlockCache {
         if let Some(sources) = &mut self.sources {
             sources.clear();
         }
-        self.used = 0;
-        self.cold_used = 0;
+        self.ops.clear();
+        self.cold.clear();
         self.generation += 1;
     }
 
     /// Adds a block's ops; `make_room` came before.
     pub(crate) fn insert(&mut self, mut block: Block, ops: &[Op]) -> Block {
-        block.first = self.used as u32;
-        self.ops[self.used..self.used + ops.len()].copy_from_slice(ops);
-        self.used += ops.len();
+        block.first = self.ops.len() as u32;
+        assert!(self.ops.len() + ops.len() <= OP_CAPACITY);
+        self.ops.extend_from_slice(ops);
         // The latest comes first; of those behind it, what it replaces or else the oldest goes.
         let first = slot(block.key);
         if self.inserted.len() < FEW {
@@ -297,9 +286,9 @@ impl BlockCache {
 
     /// Keeps the cold part of an instruction; returns its index.
     pub(crate) fn add_cold(&mut self, cold: Cold) -> u64 {
-        self.cold[self.cold_used] = cold;
-        self.cold_used += 1;
-        self.cold_used as u64 - 1
+        assert!(self.cold.len() < COLD_CAPACITY);
+        self.cold.push(cold);
+        self.cold.len() as u64 - 1
     }
 
     /// The ops, for `exec`.
