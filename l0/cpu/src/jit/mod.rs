@@ -28,8 +28,7 @@
 //! - JIT-2: translated code names ops by their place in the arena: emptying the arena forgets all translations
 //!   (`BlockCache::generation`).
 //! - JIT-3: a link never leaves its page, so the fetch translation that reached its source holds for its target. What
-//!   leaves the page goes through the jump cache, whose entries hold while the fetch translation of the target's page has
-//!   the key it had (TLB-3).
+//!   leaves the page goes through the jump cache, whose entries hold while the target's page is where it was (TLB-3).
 //! - JIT-4: a trace's instructions are taken off `left` when it is entered, and what it did not execute is given back
 //!   where it is left early; `end - left` is the instruction count once the running trace has run whole.
 //! - JIT-5: a jump forwards in its page skips the first two checks: its source passed them, pages' versions only go up,
@@ -60,7 +59,7 @@ use gate::{Gate, Left};
 use trace::Trace;
 
 /// Entries of the jump cache (a power of two).
-const JUMPS: usize = 4096;
+const JUMPS: usize = 8192;
 
 /// Where code for a guest address is.
 #[derive(Clone, Copy)]
@@ -73,7 +72,7 @@ struct JumpEntry {
 }
 
 /// No translation has this key.
-const NO_JUMP: JumpEntry = JumpEntry { rip: 0, key: 0, code: 0 };
+const NO_JUMP: JumpEntry = JumpEntry { rip: 0, key: u64::MAX, code: 0 };
 
 /// What translated code reads and writes besides the CPU's state. The fields from `masks` on are used most: they are last,
 /// just before the CPU's state, whose beginning RBP points to ([`gate`]).
@@ -191,7 +190,8 @@ impl Translator {
         std::arch::x86_64::__cpuid(0);
     }
 
-    fn remember(&mut self, rip: u64, key: u64, code: u64) {
+    fn remember(&mut self, rip: u64, key: Option<u64>, code: u64) {
+        let Some(key) = key else { return };
         let hash = (rip as u32 ^ (rip as u32 >> 12)) as usize & (JUMPS - 1);
         self.jumps[hash] = JumpEntry { rip, key, code };
     }
@@ -277,7 +277,7 @@ impl Cpu {
         let gate = translator.gate;
         let rip = self.state.rip;
         let user = self.state.cpl == 3;
-        translator.remember(rip, self.tlb.fetch(user, rip).key, entry.code);
+        translator.remember(rip, self.tlb.fetch(user, rip).key(), entry.code);
         self.jit.fetch = self.tlb.fetch_table(user);
         // The others are done with once seen, and may be set anew.
         self.jit.seen = attention & (Attention::INTERRUPT | Attention::NMI);

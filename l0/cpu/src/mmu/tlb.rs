@@ -10,8 +10,8 @@
 //! - TLB-1: a `write` tag is set only for a page whose dirty bit is set and that holds no code (CODE-1).
 //! - TLB-2: the table of [`Mode::Slow`] is always empty: every access takes the slow path, where alignment checks
 //!   and data breakpoints are.
-//! - TLB-3: a fetch entry's `key` names one translation of a page to a physical page, for as long as it may be used; no
-//!   other pair of pages ever has it. A page that is looked up anew after a flush, and lies where it lay, has its old key.
+//! - TLB-3: in its place, a fetch entry's `key` names the page and the physical page, for as long as the translation may be
+//!   used. It is the same in every address space, so that who remembers code by it finds it in all of them.
 
 /// Entries of each data table (a power of two), and as many second places behind them.
 pub const DATA_ENTRIES: usize = 512;
@@ -85,10 +85,29 @@ const RETIRED: u64 = 1;
 const NO_FETCH: FetchEntry = FetchEntry { page: EMPTY, physical: 0, info: 0, key: RETIRED };
 
 impl FetchEntry {
+    /// The key, if it holds.
+    pub fn key(&self) -> Option<u64> {
+        (self.key & RETIRED == 0).then_some(self.key)
+    }
+
     fn retire(&mut self) {
         self.page |= RETIRED;
         self.key |= RETIRED;
     }
+}
+
+/// TLB-3. What of the page the index does not say already, the physical page's number, and a clear [`RETIRED`]. A physical
+/// page beyond the first TiB has no key that holds.
+fn fetch_key(page: u64, physical: u64) -> u64 {
+    const FRAME_BITS: u32 = 28;
+    const LINEAR_BITS: u32 = 57;
+    const PAGE_BITS: u32 = LINEAR_BITS - 12 - FETCH_ENTRIES.trailing_zeros();
+    const { assert!(1 + FRAME_BITS + PAGE_BITS <= 64) };
+    let (frame, rest) = (physical >> 12, page >> (12 + FETCH_ENTRIES.trailing_zeros()));
+    if frame >> FRAME_BITS != 0 {
+        return RETIRED;
+    }
+    (rest & ((1 << PAGE_BITS) - 1)) << (1 + FRAME_BITS) | frame << 1
 }
 
 /// Which entries may be filled, so that emptying costs no more than filling did.
@@ -212,14 +231,9 @@ impl FetchTable {
         Self { entries: [NO_FETCH; FETCH_ENTRIES], filled: Filled([0; FETCH_ENTRIES / 64]) }
     }
 
-    fn insert(&mut self, page: u64, physical: u64, info: u64, last_key: &mut u64) {
+    fn insert(&mut self, page: u64, physical: u64, info: u64) {
         let index = fetch_index(page);
-        let entry = &mut self.entries[index];
-        if entry.page & !RETIRED != page || entry.physical != physical {
-            *last_key += 2 * RETIRED;
-            entry.key = *last_key;
-        }
-        *entry = FetchEntry { page, physical, info, key: entry.key & !RETIRED };
+        self.entries[index] = FetchEntry { page, physical, info, key: fetch_key(page, physical) };
         self.filled.note(index);
     }
 
@@ -380,13 +394,11 @@ pub struct Tlb {
     spaces: Vec<Box<Space>>,
     current: usize,
     clock: u64,
-    /// The last key given (TLB-3).
-    last_key: u64,
 }
 
 impl Default for Tlb {
     fn default() -> Self {
-        Self { spaces: (0..SPACES).map(|_| Space::new()).collect(), current: 0, clock: 0, last_key: 0 }
+        Self { spaces: (0..SPACES).map(|_| Space::new()).collect(), current: 0, clock: 0 }
     }
 }
 
@@ -447,7 +459,7 @@ impl Tlb {
         let space = &mut self.spaces[self.current];
         space.clean = false;
         note_large(&mut space.large, page, info);
-        space.fetch[usize::from(user)].insert(page, physical, info, &mut self.last_key);
+        space.fetch[usize::from(user)].insert(page, physical, info);
     }
 
     /// Drops everything, in every space.
@@ -588,21 +600,26 @@ mod tests {
     }
 
     #[test]
-    fn another_page_another_frame_another_privilege_and_another_space_have_other_keys() {
+    fn another_page_and_another_frame_have_other_keys_and_another_space_has_the_same() {
         let mut tlb = Tlb::default();
-        let mut seen = std::collections::HashSet::new();
-        let other_page = PAGE + ((FETCH_ENTRIES as u64) << 12);
-        for (page, frame) in
-            [(PAGE, FRAME), (PAGE, FRAME + 0x1000), (other_page, FRAME), (PAGE, FRAME), (PAGE, 0)]
-        {
-            for pcid in [0, 1] {
-                tlb.switch(SpaceTag { pcid, ..SpaceTag::default() }, Regime::default());
-                for user in [false, true] {
-                    tlb.insert_fetch(user, page, frame, 0);
-                    assert!(seen.insert(tlb.fetch(user, page).key), "{page:#x} {frame:#x} {pcid} {user}");
+        let mut seen = std::collections::HashMap::new();
+        let places =
+            [PAGE, PAGE + ((FETCH_ENTRIES as u64) << 12), PAGE | 0xffff_8000_0000_0000, PAGE | 1 << 56];
+        for page in places {
+            for frame in [0, FRAME, FRAME + 0x1000, 0xff_ffff_f000] {
+                for pcid in [0, 1] {
+                    tlb.switch(SpaceTag { pcid, ..SpaceTag::default() }, Regime::default());
+                    for user in [false, true] {
+                        tlb.insert_fetch(user, page, frame, 0);
+                        let whose = *seen.entry(tlb.fetch(user, page).key).or_insert((page, frame));
+                        assert_eq!(whose, (page, frame), "two pairs have one key");
+                    }
                 }
             }
         }
+        assert_eq!(seen.len(), 16, "one key for each pair");
+        tlb.insert_fetch(false, PAGE, 1 << 40, 0);
+        assert_eq!(key(&tlb) & RETIRED, RETIRED, "a frame too far has none");
     }
 
     #[test]
