@@ -59,7 +59,7 @@ use gate::{Gate, Left};
 use trace::Trace;
 
 /// Entries of the jump cache (a power of two).
-const JUMPS: usize = 8192;
+const JUMPS: usize = 32768;
 
 /// Where code for a guest address is.
 #[derive(Clone, Copy)]

@@ -88,31 +88,29 @@ impl Lowering<'_> {
         self.looked(at, looked);
     }
 
-    /// The target of an indirect branch into RAX, and the jump to its handler if that was not possible.
-    fn indirect_target(&mut self, insn: &Instruction) -> Option<super::Fixup> {
+    /// The target of an indirect branch into RAX.
+    fn indirect_target(&mut self, at: usize, insn: &Instruction) {
         self.clobber_flags();
         if insn.op0_kind() == OpKind::Register {
-            self.read_guest(RAX, number(insn.op0_register()));
-            return None;
+            return self.read_guest(RAX, number(insn.op0_register()));
         }
         let looked = self.look_up_operand(insn, For::Reading);
         self.asm.load(B8, RAX, self.operand());
-        Some(looked.miss)
+        self.looked(at, looked);
     }
 
     /// What is not in the jump cache may not be canonical: nothing is done before it was found there.
     fn jump_indirect(&mut self, at: usize, insn: &Instruction) {
-        let miss = self.indirect_target(insn);
+        self.indirect_target(at, insn);
         let [rip, key] = emit_lookup(self.asm);
         emit_follow(self.asm);
         self.or_handler(at, [Some(rip), Some(key)], self.flags);
-        self.or_handler(at, [miss, None], self.flags);
     }
 
     /// The target is looked up before the push, so that a call that misses has done nothing, and once more after it,
     /// which takes the registers.
     fn call_indirect(&mut self, at: usize, insn: &Instruction) {
-        let miss = self.indirect_target(insn);
+        self.indirect_target(at, insn);
         let target = field(offset_of!(Cpu, jit) + offset_of!(Hot, target));
         self.asm.store(B8, target, RAX);
         let [rip, key] = emit_lookup(self.asm);
@@ -123,7 +121,7 @@ impl Lowering<'_> {
         self.asm.load(B8, RAX, target);
         self.dispatch();
         self.or_handler(at, [Some(rip), Some(key)], self.flags);
-        self.or_handler(at, [miss, Some(looked.miss)], self.flags);
+        self.looked(at, looked);
     }
 
     fn ret(&mut self, at: usize, insn: &Instruction) {
